@@ -1,0 +1,174 @@
+"""`heterosync job`: the methods, and their FLARE job folders."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from heterosync.cli.base import add_command, add_group, add_json, names, parse_settings, positive, show
+from heterosync.errors import UserError, nearest
+
+
+def register(commands: Any) -> None:
+    group = add_group(
+        commands, "job", "list the methods, write and describe their FLARE job folders", "heterosync job list"
+    )
+
+    parser = add_command(group, "list", "list the methods", _list, "heterosync job list\nheterosync job list --json")
+    add_json(parser)
+
+    parser = add_command(
+        group,
+        "describe",
+        "tell what one method does, what leaves a site and what can be set",
+        _describe,
+        "heterosync job describe hsl",
+    )
+    parser.add_argument("method", metavar="METHOD")
+    add_json(parser)
+
+    parser = add_command(
+        group,
+        "export",
+        "write FLARE job folders, ready for the simulator, POC and production",
+        _export,
+        "heterosync job export hsl --out myjobs --set rounds=8 --set image_size=64 --min-clients 5\n"
+        "heterosync job export --all --out jobs",
+    )
+    parser.add_argument("method", metavar="METHOD", nargs="?", help="a name from `heterosync job list`")
+    parser.add_argument("--all", action="store_true", help="every method")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the job folder becomes DIR/METHOD")
+    parser.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="a setting that `heterosync job describe` lists"
+    )
+    parser.add_argument("--rounds", type=positive, metavar="N", help="the same as --set rounds=N")
+    parser.add_argument("--min-clients", type=positive, metavar="N", help="sites that a round needs (default: all)")
+    parser.add_argument(
+        "--sites", type=names, metavar="A,B,…", help="sites that must take part (default: those connected)"
+    )
+    parser.add_argument(
+        "--byoc", action="store_true", help="pack heterosync itself into the job, for alliances that allow it"
+    )
+
+
+def method_facts(name: str) -> dict[str, Any]:
+    """What `job list --json` says about a method; `bytes_per_round` is what one site sends at the default settings."""
+    from heterosync.methods import bytes_per_round, make_method
+
+    method = make_method(name)
+    model = method.build_model(weights="none")
+    return {
+        "name": method.name,
+        "title": method.title,
+        "status": method.status,
+        "citation": method.citation,
+        "leaves_a_site": list(method.leaves),
+        "bytes_per_round": bytes_per_round(method, model),
+        "tensors_per_round": len(method.shared_names(model)),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weighting": method.weighting,
+        "personal": method.personal,
+        "uses_anchor": method.uses_anchor,
+    }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1024**2:.1f} MiB" if count else "no weights"
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from heterosync.methods import method_names
+    from heterosync.study.table import text_table
+
+    facts = [method_facts(name) for name in method_names()]
+    if arguments.json:
+        show(facts)
+        return
+    rows = [[f["name"], f["title"], f["status"], _size(f["bytes_per_round"])] for f in facts]
+    print(text_table(["name", "method", "status", "leaves per round and site"], rows))
+    for f in facts:
+        print(f"\n{f['name']}: {f['citation']}\n  leaves a site: " + "; ".join(f["leaves_a_site"]))
+
+
+def _settings_of(name: str) -> dict[str, dict[str, Any]]:
+    """Defaults of everything that `--set` knows: kind -> name -> value."""
+    from dataclasses import asdict
+
+    from heterosync.flare.job import JobOptions
+    from heterosync.methods import make_method
+    from heterosync.training.settings import TrainingSettings
+
+    method = make_method(name, None, TrainingSettings())
+    options = asdict(JobOptions())
+    for elsewhere in ("rounds", "training", "method_settings"):
+        options.pop(elsewhere)
+    return {"method": method.settings.to_dict(), "training": method.training.to_dict(), "job": options}
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    facts = method_facts(arguments.method)
+    facts["settings"] = _settings_of(arguments.method)
+    if arguments.json:
+        show(facts)
+        return
+    print(f"{facts['title']} ({facts['name']}), {facts['status']}")
+    print(facts["citation"])
+    print(f"\nmodel: {facts['parameters']:,} parameters; anchor task: {'yes' if facts['uses_anchor'] else 'no'}")
+    print(f"weights of the sites are combined: {facts['weighting']}")
+    print(f"one site sends per round: {_size(facts['bytes_per_round'])} in {facts['tensors_per_round']} tensors")
+    print("\nwhat leaves a site:")
+    for line in facts["leaves_a_site"]:
+        print(f"  - {line}")
+    for kind, values in facts["settings"].items():
+        print(f"\nsettings of the {kind} (defaults; change with --set name=value):")
+        for key, value in values.items():
+            print(f"  {key} = {value}")
+
+
+def job_options(name: str, settings: dict[str, Any]) -> Any:
+    """Sort `--set` pairs into settings of the method, of the training and of the job. Raises `UserError` for an
+    unknown name."""
+    from heterosync.flare.job import JobOptions
+
+    known = _settings_of(name)
+    sorted_: dict[str, dict[str, Any]] = {kind: {} for kind in known}
+    for key, value in settings.items():
+        kinds = [kind for kind in known if key in known[kind]]
+        if not kinds:
+            raise UserError(
+                f"unknown setting '{key}' of {name}: {nearest(key, [n for group in known.values() for n in group])}"
+            )
+        sorted_[kinds[0]][key] = value
+    return JobOptions(method_settings=sorted_["method"], training=sorted_["training"], **sorted_["job"])
+
+
+def pack_package(job: Path) -> None:
+    """Copy this package into the job's `app/custom`, for alliances whose sites let a job bring its own code (BYOC)."""
+    import heterosync
+    from heterosync.files import explained
+
+    target = job / "app" / "custom" / "heterosync"
+    with explained(target):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(Path(heterosync.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from heterosync.flare.job import build_job
+    from heterosync.methods import method_names
+
+    if bool(arguments.method) == arguments.all:
+        raise UserError("name one METHOD or give --all: see `heterosync job list`")
+    settings = parse_settings(arguments.set)
+    for key in ("rounds", "min_clients", "sites"):
+        if getattr(arguments, key):
+            settings[key] = getattr(arguments, key)
+    names = method_names() if arguments.all else [arguments.method]
+    options = {name: job_options(name, settings) for name in names}  # all are checked before the first is written
+    for name in names:
+        folder = build_job(name, arguments.out / name, options[name])
+        if arguments.byoc:
+            pack_package(folder)
+        print(folder)

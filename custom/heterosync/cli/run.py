@@ -1,0 +1,172 @@
+"""`heterosync simulate`, `demo` and `doctor`: running jobs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from heterosync.cli.base import DONE, FAILED, add_command, add_json, names, positive, show
+from heterosync.errors import UserError
+
+
+def register(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "demo",
+        "train HSL and local models on synthetic sites and compare them",
+        _demo,
+        "heterosync demo --out build/demo",
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="default: build/demo")
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="sites that train at the same time (default: all)"
+    )
+    parser.add_argument("--timeout", type=positive, default=1800, metavar="SECONDS", help="per method (default: 1800)")
+    add_json(parser)
+
+    parser = add_command(
+        commands,
+        "simulate",
+        "run a job folder under FLARE's simulator, with progress, a time limit and one readable cause of a failure",
+        _simulate,
+        "heterosync simulate jobs/hsl --data build/demo/data --workspace build/hsl",
+    )
+    parser.add_argument("job", type=Path, metavar="JOB", help="a job folder, for example jobs/hsl")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of site folders (default: HETEROSYNC_DATA)")
+    parser.add_argument("--workspace", type=Path, metavar="DIR", help="default: runs/<name of the job>")
+    parser.add_argument(
+        "--sites", type=names, metavar="A,B,…", help="default: every site folder in the data that has an anchor"
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="sites that train at the same time (default: all)"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=86400, metavar="SECONDS", help="time limit (default: a day)"
+    )
+    add_json(parser)
+
+    parser = add_command(
+        commands,
+        "doctor",
+        "say whether this machine is ready: versions, memory, disk, GPU, data, allow-list, port",
+        _doctor,
+        "heterosync doctor --data /data/site-a --server fl.example.org:8002",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="a site folder or a folder of them (default: HETEROSYNC_DATA)"
+    )
+    parser.add_argument(
+        "--workspace", type=Path, default=Path("poc/simulator"), metavar="DIR", help="default: poc/simulator"
+    )
+    parser.add_argument(
+        "--port", type=positive, default=8002, help="port of a FLARE server on this machine (default: 8002)"
+    )
+    parser.add_argument("--server", metavar="HOST:PORT", help="an alliance's server that must be reachable from here")
+    add_json(parser)
+
+
+def sites_in(data: Path) -> list[str]:
+    """Names of the site folders in `data` that take part; `unseen` images are for testing only."""
+    from heterosync.data.scenario import UNSEEN
+
+    if not data.is_dir():
+        raise UserError(f"--data {data} is not a folder: make one with `heterosync data scenario` or `heterosync demo`")
+    found = sorted(path.parent.name for path in data.glob("*/site.yaml") if path.parent.name != UNSEEN)
+    if not found:
+        raise UserError(f"{data} holds no site folder (a folder with site.yaml): see `heterosync data --help`")
+    return found
+
+
+def _data_folder(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    if os.environ.get("HETEROSYNC_DATA"):
+        return Path(os.environ["HETEROSYNC_DATA"])
+    raise UserError("no data folder: give --data DIR or set HETEROSYNC_DATA")
+
+
+def _put_partners_in(results: Path, anchor: Path) -> None:
+    """The server has no anchor pack; here, where the sites' folders are at hand, the chosen model gets its partner
+    images."""
+    from heterosync.federation.modelfile import load_model
+    from heterosync.methods import get_method
+    from heterosync.study.partners import embed_partners
+
+    model = results / "best_model.pt"
+    if model.exists() and get_method(load_model(model).method).uses_anchor:
+        embed_partners(model, anchor)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from heterosync.flare.simulator import simulate
+
+    data = _data_folder(arguments.data)
+    sites = list(arguments.sites or sites_in(data))
+    workspace = arguments.workspace or Path("runs") / arguments.job.resolve().name
+    result = simulate(
+        arguments.job,
+        workspace=workspace,
+        sites=sites,
+        data=data,
+        threads=arguments.threads,
+        timeout=arguments.timeout,
+        log=None if arguments.json else print,
+    )
+    _put_partners_in(result.results, data / sites[0])
+    if arguments.json:
+        show({"results": str(result.results), "workspace": str(workspace), "sites": sites})
+        return
+    from heterosync.study.report import read_runs, report_text
+
+    print(report_text(read_runs([result.results])))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from heterosync.flare.job import JobOptions, build_job
+    from heterosync.flare.simulator import simulate
+    from heterosync.study.demo import run_demo
+
+    def run_job(
+        method: str,
+        method_settings: Mapping[str, Any],
+        training: Mapping[str, Any],
+        data: Path,
+        sites: list[str],
+        folder: Path,
+    ) -> Path:
+        options = JobOptions(training=dict(training), method_settings=dict(method_settings))
+        job = build_job(method, folder / "job", options)
+        result = simulate(
+            job,
+            workspace=folder / "workspace",
+            sites=sites,
+            data=data,
+            threads=arguments.threads,
+            timeout=arguments.timeout,
+            log=None if arguments.json else print,
+        )
+        _put_partners_in(result.results, data / sites[0])
+        return result.results
+
+    say = print if not arguments.json else (lambda line: None)
+    summary = run_demo(arguments.out, run_job, say=say)
+    if arguments.json:
+        show(summary)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from heterosync.flare.allowlist import OUR_CLASSES
+    from heterosync.study.doctor import PROBLEM, examine
+
+    checks = examine(arguments.data, arguments.workspace, OUR_CLASSES, arguments.port, arguments.server)
+    problems = sum(check.state == PROBLEM for check in checks)
+    if arguments.json:
+        show({"ready": not problems, "checks": [check.as_dict() for check in checks]})
+    else:
+        for check in checks:
+            print(check.line())
+        print("this machine is ready" if not problems else f"{problems} problem(s) to mend")
+    return FAILED if problems else DONE

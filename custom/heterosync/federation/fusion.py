@@ -1,0 +1,182 @@
+"""Fusion of the sites' weights: a mean over every tensor, the same to the last bit in whatever order the sites answer.
+
+Paper equation 1: w <- (1/K) sum_k w_k, with equal weights whatever the size of a site, over every tensor of the state
+including BatchNorm statistics and integer counters. Sample weights (FedAvg) are the one variant.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from heterosync.errors import ContributionRefused, HeteroSyncError
+from heterosync.federation.contribution import Contribution
+from heterosync.federation.tensorfile import TensorFile, as_array
+from heterosync.federation.wire import signature
+from heterosync.files import make_folder
+
+WEIGHTINGS = ("equal", "samples", "none")
+_BLOCK = 1 << 16  # elements summed at a time: half a megabyte of float64 stays in the cache of the processor
+
+
+class Fusion:
+    """Collects the contributions of one round and means them.
+
+    reference: name -> tensor, numpy array or (shape, type) pair; every contribution must have exactly these.
+    weighting: "equal" (paper equation 1), "samples" (n_k / n), "none" (contributions carry metrics only).
+    spill: a folder; contributions then wait on disk, so that memory does not grow with the number of sites. The files
+    are written over in the next round and deleted with this object.
+
+    Contributions are summed in float64 in the order of site names; integer tensors are rounded to the nearest integer.
+    """
+
+    def __init__(self, reference: Mapping[str, Any], weighting: str, method: str, spill: Path | None = None):
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting '{weighting}' is not one of {WEIGHTINGS}")
+        self.reference = {name: signature(value) for name, value in reference.items()}
+        self.weighting, self.method = weighting, method
+        self.refused: dict[str, str] = {}
+        self._spill = make_folder(spill) if spill is not None else None
+        if spill is not None:
+            _empty(spill)  # of what a killed run left
+            weakref.finalize(self, _empty, spill)
+        self._lock = threading.Lock()  # answers may come in on several threads
+        self._round = -1
+        self._samples: dict[str, int] = {}
+        self._held: dict[str, _Kept | TensorFile] = {}
+        self._wrap: Callable[[str, np.ndarray], Any] = _container({})
+
+    def start(self, round_: int) -> None:
+        """Begin a round: forget what came before."""
+        with self._lock:
+            self._held = {}
+            self._round = round_
+            self._samples = {}
+            self.refused = {}
+
+    @property
+    def contributors(self) -> list[str]:
+        """Sites accepted in this round, in name order."""
+        return sorted(self._samples)
+
+    def accept(self, contribution: Contribution) -> None:
+        """Take a contribution in whole, or take nothing of it and raise `ContributionRefused` with site and reason."""
+        site = contribution.site
+        with self._lock:
+            try:
+                arrays = self._checked(contribution)
+            except ContributionRefused as refusal:
+                self.refused[site] = refusal.reason
+                raise
+            if not self._held:
+                self._wrap = _container(contribution.tensors)
+            if self._spill is None:
+                self._held[site] = _Kept(arrays)
+            else:
+                self._held[site] = TensorFile(self._spill / f"{len(self._held)}.contribution").write(arrays)
+            self._samples[site] = int(contribution.samples)
+
+    def result(self) -> dict[str, Any]:
+        """The fused state, in the containers that came in (torch or numpy). The contributions are dropped."""
+        with self._lock:
+            if not self._held:
+                raise HeteroSyncError(f"round {self._round}: no contribution to fuse")
+            sites = sorted(self._held)
+            weights = [float(self._samples[site]) if self.weighting == "samples" else 1.0 for site in sites]
+            parts = [self._held[site] for site in sites]
+            fused = {
+                name: self._wrap(name, _mean(parts, weights, name, shape, dtype))
+                for name, (shape, dtype) in self.reference.items()
+            }
+            self._held = {}
+            return fused
+
+    def close(self) -> None:
+        """Delete the files of the contributions; happens by itself when the object goes."""
+        self._held = {}
+        if self._spill is not None:
+            _empty(self._spill)
+
+    def _checked(self, contribution: Contribution) -> dict[str, np.ndarray]:
+        def refuse(reason: str) -> ContributionRefused:
+            return ContributionRefused(contribution.site, reason)
+
+        if contribution.method != self.method:
+            raise refuse(f"it is of method '{contribution.method}', this run trains '{self.method}'")
+        if contribution.round != self._round:
+            raise refuse(f"it is of round {contribution.round}, this is round {self._round}")
+        if contribution.site in self._samples:
+            raise refuse("the site has contributed to this round already")
+        if self.weighting == "samples" and not contribution.samples > 0:
+            raise refuse(f"it reports {contribution.samples} training images, at least 1 is needed")
+        for name in self.reference:
+            if name not in contribution.tensors:
+                raise refuse(f"tensor '{name}' is missing")
+        for name in contribution.tensors:
+            if name not in self.reference:
+                raise refuse(f"tensor '{name}' is not part of the shared state")
+        arrays = {}
+        for name, (shape, dtype) in self.reference.items():
+            value = contribution.tensors[name]
+            if not isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+                raise refuse(f"'{name}' is a {type(value).__name__}, not a tensor")
+            got_shape, got_dtype = signature(value)
+            if got_shape != shape:
+                raise refuse(f"tensor '{name}' has shape {list(got_shape)}, not {list(shape)}")
+            if got_dtype != dtype:
+                raise refuse(f"tensor '{name}' has type {got_dtype}, not {dtype}")
+            arrays[name] = as_array(value)
+            if arrays[name].dtype.kind == "f" and not _finite(arrays[name]):
+                raise refuse(f"tensor '{name}' holds values that are not finite")
+        return arrays
+
+
+class _Kept:
+    """The tensors of one contribution in memory."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._flat = {name: np.ascontiguousarray(array).reshape(-1) for name, array in arrays.items()}
+
+    def part(self, name: str, begin: int, count: int) -> np.ndarray:
+        return self._flat[name][begin : begin + count]
+
+
+def _empty(folder: Path) -> None:
+    for file in folder.glob("*.contribution"):
+        file.unlink()
+
+
+def _finite(array: np.ndarray) -> bool:
+    # One pass and no copy: a sum is finite only when all terms are; a rare overflow needs the second look.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(array.sum(dtype=array.dtype)) or np.isfinite(array).all())
+
+
+def _mean(parts: list[_Kept | TensorFile], weights: list[float], name: str, shape: tuple, dtype: str) -> np.ndarray:
+    """sum(weight * tensor) / sum(weight) in float64, cast back to `dtype`; new memory of one tensor and some blocks."""
+    out = np.empty(math.prod(shape), dtype)
+    total = sum(weights)
+    for begin in range(0, out.size, _BLOCK):
+        count = min(_BLOCK, out.size - begin)
+        mean = np.zeros(count)
+        for part, weight in zip(parts, weights, strict=True):
+            values = part.part(name, begin, count)
+            mean += values if weight == 1.0 else np.multiply(values, weight, dtype=np.float64)
+        mean /= total
+        out[begin : begin + count] = mean if out.dtype.kind == "f" else np.rint(mean)
+    return out.reshape(shape)
+
+
+def _container(tensors: Mapping[str, Any]) -> Callable[[str, np.ndarray], Any]:
+    """How results are handed back: as torch tensors, or as numpy arrays (and scalars where scalars came in)."""
+    if any(isinstance(value, torch.Tensor) for value in tensors.values()):
+        return lambda _, array: torch.from_numpy(array)
+    scalars = {name for name, value in tensors.items() if isinstance(value, np.generic)}
+    return lambda name, array: array[()] if name in scalars else array

@@ -1,0 +1,140 @@
+"""The file that holds a global model: a plain dictionary of tensors and values, safe to load, with its settings."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heterosync import __version__
+from heterosync.errors import UserError
+from heterosync.files import write_with
+from heterosync.methods import make_method
+from heterosync.methods.base import Method
+from heterosync.models.encoder import resolved_weights
+from heterosync.training.settings import TrainingSettings
+
+FORMAT = "heterosync model 1"
+#: name of the first weights in a model file's `versions`
+INITIAL_WEIGHTS = "initial_weights"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A global model and what is needed to use it.
+
+    state: the shared tensors. labels: names of class 0 and 1. round: how many rounds made it. assets: further tensors
+    that predicting needs, such as the uint8 partner images (n, c, h, w) of the `sat_index` and `sat_mean` readings.
+    versions: of heterosync and torch, and under `initial_weights` what the first round started from.
+    """
+
+    method: str
+    method_settings: dict[str, Any]
+    training: dict[str, Any]
+    labels: tuple[str, ...]
+    round: int
+    state: dict[str, Tensor]
+    assets: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    def build(self) -> tuple[Method, nn.Module]:
+        """The method and its model with these weights, in evaluation mode. Raises `UserError` where they misfit."""
+        method = make_method(self.method, self.method_settings, TrainingSettings.from_dict(self.training))
+        model = method.build_model(weights="none")  # its values are in this file
+        expected, own = set(method.shared_names(model)), model.state_dict()
+        for kind, names in (("lacks", expected - set(self.state)), ("has unknown", set(self.state) - expected)):
+            if names:
+                raise UserError(f"{self._name()}: {kind} tensor '{min(names)}' ({len(names)} in all): use a whole file")
+        for name, value in self.state.items():
+            if value.shape != own[name].shape:
+                shapes = f"{list(value.shape)}, not {list(own[name].shape)}"
+                raise UserError(f"{self._name()}: tensor '{name}' has shape {shapes}: the settings in it do not fit")
+        method.receive(model, self.state)
+        return method, model.eval()
+
+    def _name(self) -> str:
+        return f"model file {self.path}" if self.path else "model file"
+
+
+def save_model(
+    path: Path | str,
+    method: str,
+    settings: Any,
+    training: Any,
+    state: Mapping[str, Any],
+    labels: Sequence[str] = (),
+    round_: int = 0,
+    extra: Mapping[str, Tensor] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a model file whole or not at all; `settings` and `training` may be dictionaries or settings objects.
+
+    versions: replace what is noted of this machine and moment; a model written again keeps the `versions` of its file.
+    """
+    content = {
+        "format": FORMAT,
+        "method": method,
+        "method_settings": _plain(settings),
+        "training": _plain(training),
+        "labels": list(labels),
+        "round": int(round_),
+        "state": {name: torch.as_tensor(value).detach().cpu() for name, value in state.items()},
+        "assets": dict(extra or {}),
+        "versions": {**_made_here(_plain(training)), **(versions or {})},
+    }
+    return write_with(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_model(path: Path | str, method: str | None = None) -> ModelFile:
+    """Read a model file without running anything stored in it.
+
+    Raises `UserError` when the file is missing, cut off, of another kind, or not of `method` (when given).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"model file {path} does not exist: give the path of a best_model.pt or last_model.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"model file {path} is cut off or no model file: copy it again from the run folder") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a model file of heterosync (expected '{FORMAT}'): give a best_model.pt")
+    try:
+        model = ModelFile(
+            method=str(content["method"]),
+            method_settings=dict(content["method_settings"]),
+            training=dict(content["training"]),
+            labels=tuple(content["labels"]),
+            round=int(content["round"]),
+            state=dict(content["state"]),
+            assets=dict(content["assets"]),
+            versions=dict(content["versions"]),
+            path=path,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"model file {path} is damaged ({error}): copy it again from the run folder") from error
+    if method is not None and model.method != method:
+        raise UserError(f"model file {path} holds a model of method '{model.method}', not '{method}'")
+    return model
+
+
+def _made_here(training: Mapping[str, Any]) -> dict[str, str]:
+    """What made a model, and from which weights it started (see `resolved_weights`; "unknown": they are not here)."""
+    known = TrainingSettings.from_dict({name: training[name] for name in ("weights", "backbone") if name in training})
+    try:
+        weights = resolved_weights(known.weights, known.backbone)
+    except UserError:
+        weights = "unknown"
+    return {"heterosync": __version__, "torch": str(torch.__version__), INITIAL_WEIGHTS: weights}
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A settings object or dictionary as plain values; tuples become lists, as in JSON."""
+    values = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else dict(settings or {})
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,251 @@
+"""One site of a federation: its data, its model, its results. Everything it must remember lies in its work folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heterosync.data.dataset import load_site
+from heterosync.errors import ProblemList, UserError
+from heterosync.federation import checkin
+from heterosync.federation.contribution import Contribution
+from heterosync.federation.initial import own_weights
+from heterosync.federation.wire import WirePolicy, is_site_name, reportable
+from heterosync.files import make_folder, read_json, write_json, write_text, write_with
+from heterosync.methods import make_method
+from heterosync.training.checks import check_device
+from heterosync.training.evaluation import Evaluation
+from heterosync.training.loop import LocalTrainer
+from heterosync.training.precision import choose_precision
+from heterosync.training.selection import BestRound
+from heterosync.training.settings import TrainingSettings
+from heterosync.training.state import snapshot
+
+#: What local methods call a site's own model.
+OWN_MODEL = "local"
+
+#: Environment variable with the number of CPU threads of a trainer.
+THREADS = "HETEROSYNC_THREADS"
+
+PREDICTIONS = ["id", "split", "label", "probability", "model"]
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """In words, the first setting that keeps one run from going on with the other's files; None if there is none.
+
+    The number of rounds may differ: a training may go on longer.
+    """
+    for key, value in mine.items():
+        other = theirs.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            for name in sorted({*value, *other} - {"rounds"}):
+                if value.get(name) != other.get(name):
+                    return f"{key.replace('_', ' ')} '{name}' ({other.get(name)!r}, now {value.get(name)!r})"
+        elif value != other:
+            return f"{key.replace('_', ' ')} ({other!r}, now {value!r})"
+    return None
+
+
+def thread_count(configured: int | None, environ: Mapping[str, str] = os.environ) -> int | None:
+    """CPU threads of a trainer: `threads` of site.yaml, else HETEROSYNC_THREADS; None leaves it to torch, which uses
+    OMP_NUM_THREADS, else all cores. For several trainers on one machine. Raises `UserError` for a bad variable.
+    """
+    text = environ.get(THREADS, "")
+    if configured is not None or not text:
+        return configured
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UserError(f"environment variable {THREADS} is '{text}': give the number of CPU threads, 1 or more")
+    return int(text)
+
+
+class SiteTrainer:
+    """Answers the three questions of a federation for one site: check_in, train, validate.
+
+    folder: the site folder (DESIGN 4). work: this site's folder of this run; another SiteTrainer on the same folder
+    goes on where this one stopped. method_settings, training: what differs from the defaults; the site's own batch size
+    and device (site.yaml) win. log: gets one line per local epoch.
+
+    Raises `UserError` for unknown settings, for a site folder with problems (all at once) and for a work folder that
+    belongs to another run.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        folder: Path | str,
+        method_name: str,
+        method_settings: Mapping[str, Any] | None,
+        training: Mapping[str, Any] | None,
+        work: Path | str,
+        log: Callable[[str], None] | None = None,
+    ):
+        if not is_site_name(site):
+            raise UserError(f"site name '{site}': use letters, digits, '-', '_' and '.', at most 63 of them")
+        self.site, self.folder, self.work = site, Path(folder), Path(work)
+        self.method = make_method(method_name, dict(method_settings or {}), TrainingSettings.from_dict(training or {}))
+        self._log = log or logging.getLogger("heterosync").info
+        make_folder(self.work)
+        self._claim()
+        self._opened: LocalTrainer | None = None
+
+    # -- what a federation asks ----------------------------------------------------------------------------------------
+
+    def check_in(self) -> dict[str, Any]:
+        """What this site says of itself before round 0: the fields of `wire.CHECK_IN`. Checks all of its data."""
+        trainer = self._trainer()
+        data = trainer.data
+        report = {
+            "site": self.site,
+            "method": self.method.name,
+            "anchor_digest": data.anchor_digest if self.method.uses_anchor else None,
+            "labels": list(data.labels),
+            "model_hash": checkin.model_hash(trainer.model),
+            "initial_weights": own_weights(self.method, trainer.model),
+            "precision": trainer.precision,
+            "versions": dict(checkin.versions()),
+            "counts": {split: len(rows) for split, rows in data.splits.items()},
+        }
+        WirePolicy(self.method.name, {}).check_report(report)
+        return report
+
+    def train(self, round_: int, shared: Mapping[str, Tensor] | None) -> Contribution:
+        """Train round `round_` from the state `shared`; the best snapshot's shared tensors and the round's metrics.
+
+        Asked again for the round it finished last, with the same state, it answers the same without training.
+        """
+        trainer = self._trainer()
+        result = trainer.train_round(round_, shared or None)
+        names = self.method.shared_names(trainer.model)
+        if not names:
+            self._keep_own_best(round_, result.metrics.get("val_auc_best"), result.state)
+        return Contribution(
+            site=self.site,
+            method=self.method.name,
+            round=round_,
+            tensors={name: result.state[name] for name in names},
+            metrics=reportable(result.metrics),
+            samples=len(trainer.data.splits["train"]),
+        )
+
+    def validate(self, shared: Mapping[str, Tensor] | None, split: str, model_name: str) -> dict[str, float]:
+        """Score `split` with the global state `shared`, or with this site's own best model when there is none.
+
+        For the test split, work/results gets predictions.csv and metrics.json, one entry per `model_name`. Returned are
+        the defined scalars only: auc, ci_low, ci_high, accuracy, recall, precision, n, n_positive.
+        """
+        trainer = self._trainer()
+        result = trainer.evaluate(split, shared) if shared else self._evaluate_own(trainer, split)
+        if split == "test":
+            self._write_results(result, split, model_name)
+        return reportable(result.metrics)
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def _trainer(self) -> LocalTrainer:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> LocalTrainer:
+        settings = self.method.training
+        try:
+            data = load_site(self.folder, settings.image_size, settings.channels, need_anchor=self.method.uses_anchor)
+        except UserError as error:
+            raise ProblemList([f"site {self.site}: {line}" for line in str(error).splitlines()]) from error
+        threads = thread_count(data.config.threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if data.config.batch_size is not None:
+            self.method.training = replace(settings, batch_size=data.config.batch_size)
+        device = data.config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(self.site, torch.device(device))
+        precision = self._precision(device)
+        trainer = LocalTrainer(self.method, data, self.site, device, precision, self.work, self._report)
+        finished = trainer.restore()
+        again = f", goes on after round {finished}" if finished is not None else ""
+        counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
+        self._log(f"site {self.site}: {counts} images; {device}, {precision}{again}")
+        return trainer
+
+    def _precision(self, device: str) -> str:
+        """Decided once per run and kept, so that a restarted site goes on with the same arithmetic."""
+        file = self.work / "precision.json"
+        if file.exists():
+            return str(read_json(file)["precision"])
+        precision, seconds = choose_precision(self.method, device)
+        write_json(file, {"precision": precision, "device": device, "seconds_per_step": seconds})
+        return precision
+
+    def _claim(self) -> None:
+        """Tie the work folder to this site, method and settings (the number of rounds may change)."""
+        mine = {
+            "site": self.site,
+            "method": self.method.name,
+            "method_settings": self.method.settings.to_dict(),
+            "training": self.method.training.to_dict(),
+        }
+        file = self.work / "trainer.json"
+        if not file.exists():
+            write_json(file, mine)
+            return
+        other = difference(mine, read_json(file))
+        if other:
+            where = f"site {self.site}: work folder {self.work}"
+            raise UserError(f"{where} belongs to a run with another {other}: delete it or choose another one")
+
+    # -- own models and results ----------------------------------------------------------------------------------------
+
+    def _keep_own_best(self, round_: int, value: float | None, state: Mapping[str, Tensor]) -> None:
+        """Of the models that never leave, keep the one with the highest validation AUC (ties: the later round)."""
+        file = self.work / "own_best.pt"
+        best = BestRound()
+        if file.exists() and round_ > 0:
+            known = torch.load(file, weights_only=True, mmap=True)
+            best.update(known["round"], known["value"])
+        if best.update(round_, value):
+            content = {"round": round_, "value": value, "state": dict(state)}
+            write_with(file, lambda temporary: torch.save(content, temporary))
+
+    def _evaluate_own(self, trainer: LocalTrainer, split: str) -> Evaluation:
+        file = self.work / "own_best.pt"
+        if not file.exists():
+            return trainer.evaluate(split)
+        current = snapshot(trainer.model)
+        try:
+            trainer.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state"])
+            return trainer.evaluate(split)
+        finally:
+            trainer.model.load_state_dict(current)
+
+    def _write_results(self, result: Evaluation, split: str, model: str) -> None:
+        folder = make_folder(self.work / "results")
+        rows: list[list[Any]] = []
+        table = folder / "predictions.csv"
+        if table.exists():
+            with table.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in list(csv.reader(file))[1:] if row[-1] != model]
+        scored = zip(result.ids, result.labels.tolist(), result.probabilities.tolist(), strict=True)
+        rows += [[id_, split, label, probability, model] for id_, label, probability in scored]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([PREDICTIONS, *rows])
+        write_text(table, text.getvalue())
+        summary = folder / "metrics.json"
+        metrics = read_json(summary) if summary.exists() else {}
+        write_json(summary, {**metrics, model: {"site": self.site, "split": split, **result.metrics}})
+
+    def _report(self, event: Mapping[str, Any]) -> None:
+        where = f"round {event['round'] + 1}/{event['rounds']}, epoch {event['epoch'] + 1}/{event['epochs']}"
+        auc = "undefined" if event["val_auc"] is None else f"{event['val_auc']:.3f}"
+        pace = f"{event['seconds_per_epoch']:.1f} s per epoch"
+        self._log(f"site {self.site}: {where}: loss {event['train_loss']:.4f}, validation AUC {auc}, {pace}")

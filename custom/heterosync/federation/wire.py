@@ -1,0 +1,173 @@
+"""The allow-list: the one place that decides what may leave a site.
+
+Three things may: the shared tensors of the method (exact name, shape and type), finite scalars with the names of
+`METRICS`, and the fields of the check-in, each in a format so tight that no path, patient id or text fits through.
+Images, predictions and ids have no way out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from heterosync.errors import UserError
+
+#: Scalars (privacy class W0) that a site may report, by name.
+METRICS: frozenset[str] = frozenset(
+    {
+        # local training
+        "val_auc_received",
+        "val_auc_best",
+        "best_epoch",
+        "train_loss",
+        "n_train",
+        "n_validation",
+        "steps",
+        "seconds",
+        # diagnostics of HeteroSync Learning (methods.md 2.10)
+        "anchor_gradient_ratio",
+        "partner_effect",
+        "mixture_share",
+        # evaluation
+        "auc",
+        "accuracy",
+        "recall",
+        "precision",
+        "n",
+        "n_positive",
+        "ci_low",
+        "ci_high",
+    }
+)
+
+MAX_LABEL = 40
+_SITE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?=[A-Za-z0-9])){0,62}")
+_METHOD = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_WEIGHTS = re.compile(r"none|imagenet|file sha256:[0-9a-f]{12}")
+_LABEL = re.compile(rf"[^\W_][\w +()-]{{0,{MAX_LABEL - 1}}}")
+_VERSION = re.compile(
+    r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}([a-z]{1,4}[0-9]{0,4})?(\.(post|dev)[0-9]{1,8})?(\+[a-z0-9.]{1,20})?"
+)
+_PACKAGES = frozenset({"heterosync", "torch", "torchvision", "nvflare", "python"})
+_COUNTS = frozenset({"train", "validation", "test"})
+
+
+class Blocked(UserError):
+    """Something not on the allow-list was about to leave the site."""
+
+
+def _text(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_label(value: Any) -> bool:
+    # Four digits in a row are more likely a date or a patient number than the name of a class.
+    return isinstance(value, str) and _LABEL.fullmatch(value) is not None and not re.search(r"\d{4}", value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
+
+
+#: Fields of the check-in and the form that each must have.
+CHECK_IN: dict[str, Callable[[Any], bool]] = {
+    "site": _text(_SITE),
+    "method": _text(_METHOD),
+    "anchor_digest": lambda value: value is None or _text(_DIGEST)(value),
+    "labels": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_label, value)),
+    "model_hash": _text(_DIGEST),
+    "initial_weights": lambda value: value is None or _text(_WEIGHTS)(value),
+    "precision": lambda value: value in ("float32", "bfloat16"),
+    "versions": lambda value: (
+        isinstance(value, dict) and set(value) <= _PACKAGES and all(map(_text(_VERSION), value.values()))
+    ),
+    "counts": lambda value: isinstance(value, dict) and set(value) <= _COUNTS and all(map(_is_count, value.values())),
+}
+
+
+def is_site_name(name: Any) -> bool:
+    """Whether `name` may stand for a site in reports and file names: letters, digits, dots, dashes, underscores."""
+    return CHECK_IN["site"](name)
+
+
+def _finite_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
+
+
+def reportable(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The part of `metrics` that may leave; other names and undefined values (None, NaN: an AUC of one class) stay."""
+    kept = {name: value for name, value in metrics.items() if name in METRICS and _finite_number(value)}
+    return {name: int(value) if isinstance(value, (int, np.integer)) else float(value) for name, value in kept.items()}
+
+
+def signature(value: Any) -> tuple[tuple[int, ...], str]:
+    """(shape, type name) of a torch tensor, a numpy array or scalar, or of a pair that is one already."""
+    if isinstance(value, tuple):
+        shape, dtype = value
+    else:
+        shape, dtype = value.shape, value.dtype
+    return tuple(int(n) for n in shape), str(dtype).removeprefix("torch.")
+
+
+class WirePolicy:
+    """What a site may send for one method.
+
+    `reference` maps the names of the shared tensors to tensors or to (shape, type) pairs; it is empty for methods whose
+    weights stay at home. A check raises `Blocked` with the name of the first thing that has no permission to leave.
+    """
+
+    def __init__(self, method: str, reference: Mapping[str, Any]):
+        self.method = method
+        self.reference = {name: signature(value) for name, value in reference.items()}
+
+    def check(self, tensors: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
+        """A message of a training or validation: tensors by exact name, shape and type; scalars by name, finite."""
+        for name, value in tensors.items():
+            expected = self.reference.get(name)
+            if expected is None:
+                raise self._blocked(f"tensor '{str(name)[:80]}' is not one of the {len(self.reference)} shared tensors")
+            if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+                raise self._blocked(f"'{name}' is a {type(value).__name__}, not a tensor")
+            if signature(value) != expected:
+                raise self._blocked(f"tensor '{name}' has shape and type {signature(value)}, not {expected}")
+        for name, value in (metrics or {}).items():
+            if name not in METRICS:
+                raise self._blocked(f"metric '{str(name)[:80]}' is not on the list of scalars that may leave")
+            if not _finite_number(value):
+                raise self._blocked(f"metric '{name}' is not a finite number")
+
+    def check_report(self, report: Mapping[str, Any]) -> None:
+        """The message of a check-in: only the fields of `CHECK_IN`, each in its form. Values are never quoted."""
+        for name, value in report.items():
+            form = CHECK_IN.get(name)
+            if form is None:
+                raise self._blocked(f"check-in field '{str(name)[:80]}' is not on the list")
+            if not form(value):
+                hint = f": two names of at most {MAX_LABEL} letters, in site.yaml" if name == "labels" else ""
+                raise self._blocked(f"check-in field '{name}' does not have its agreed form{hint}")
+
+    def _blocked(self, reason: str) -> Blocked:
+        return Blocked(f"method {self.method}: blocked from leaving the site: {reason}")
+
+
+def audit_lines(tensors: Mapping[str, Any], scalars: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One record {name, shape, dtype, bytes} for everything in a message, tensors first; never a value."""
+    lines = []
+    for name, value in tensors.items():
+        shape, dtype = signature(value)
+        size = math.prod(shape) * int(getattr(value.dtype, "itemsize", 4))
+        lines.append({"name": name, "shape": list(shape), "dtype": dtype, "bytes": size})
+    for name, value in (scalars or {}).items():
+        lines.append({"name": name, "shape": [], "dtype": type(value).__name__, "bytes": len(repr(value))})
+    return lines
+
+
+def payload_bytes(tensors: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of one message."""
+    return sum(line["bytes"] for line in audit_lines(tensors))

@@ -1,0 +1,110 @@
+"""Files that are whole at any moment: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from heterosync.errors import UserError
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full: free some space and run again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run again",
+    errno.EACCES: "no permission to write there: choose another folder or change its owner",
+    errno.EPERM: "no permission to write there: choose another folder or change its owner",
+    errno.EROFS: "that file system is read-only: choose another folder",
+    errno.ENOTDIR: "a part of that path is a file, not a folder: choose another folder",
+    errno.EISDIR: "a folder stands in the place of the file: remove it or choose another name",
+}
+
+
+@contextmanager
+def explained(path: Path | str) -> Iterator[None]:
+    """Turn the usual operating-system errors of writing into a `UserError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        cause = _CAUSES.get(error.errno or 0)
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {path}: {cause}") from error
+
+
+def make_folder(path: Path | str) -> Path:
+    """Create a folder with its parents; returns it. Raises `UserError` where that is not allowed."""
+    path = Path(path)
+    with explained(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"cannot write {path}: a file stands there already; choose another folder") from error
+    return path
+
+
+def write_with(path: Path | str, write: Callable[[Path], Any]) -> Path:
+    """Let `write(temporary)` make a file, then put it at `path` in one step; nothing is left behind on failure."""
+    path = Path(path)
+    make_folder(path.parent)
+    with explained(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix or ".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+    return path
+
+
+def write_bytes(path: Path | str, data: bytes) -> Path:
+    return write_with(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> Path:
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON; raises `UserError` when the file is absent or damaged."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}): restore it or delete it") from error
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """Fill a temporary folder, then put it at `path` in one step. Raises `UserError` when `path` is there already."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already and is not empty: choose another folder or remove it")
+    make_folder(path.parent)
+    with explained(path):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o755)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

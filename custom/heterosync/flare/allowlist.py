@@ -1,0 +1,40 @@
+"""The classes that a job may name. Every kit, POC workspace and simulator workspace carries exactly this list.
+
+FLARE builds, for a job without own code, only classes on the site's `class_allow_list`. Ours are named one by one, not
+as a package prefix, so that a job can reach nothing else of this package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+
+from heterosync.files import write_json
+
+EXECUTOR = "heterosync.flare.executor.HeteroSyncExecutor"
+AGGREGATOR = "heterosync.flare.aggregator.EqualWeightAggregator"
+CONTROLLER = "heterosync.flare.controller.HeteroSyncController"
+PERSISTOR = "heterosync.flare.persistor.GlobalModelPersistor"
+OUTBOUND_FILTER = "heterosync.flare.filters.OutboundFilter"
+SHAREABLE_GENERATOR = (
+    "nvflare.app_common.shareablegenerators.full_model_shareable_generator.FullModelShareableGenerator"
+)
+
+OUR_CLASSES = (EXECUTOR, AGGREGATOR, CONTROLLER, PERSISTOR, OUTBOUND_FILTER)
+
+
+def class_allow_list() -> list[str]:
+    """FLARE's default list and ours."""
+    return [*DEFAULT_CLASS_ALLOW_LIST, *OUR_CLASSES]
+
+
+def simulator_resources() -> dict[str, Any]:
+    """Content of `local/resources.json` of a simulator workspace."""
+    return {"format_version": 2, "class_allow_list": class_allow_list()}
+
+
+def prepare_workspace(workspace: Path | str) -> Path:
+    """Write `local/resources.json` below a simulator workspace; what else lies in `local/` stays."""
+    return write_json(Path(workspace) / "local" / "resources.json", simulator_resources())

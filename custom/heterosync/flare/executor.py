@@ -1,0 +1,132 @@
+"""The site's side of a job: hands each task to the trainer and its answer to the server."""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+from nvflare.app_common.app_constant import AppConstants
+
+from heterosync.data.site import find_site_folder
+from heterosync.errors import TrainerDied, UserError
+from heterosync.federation.wire import reportable
+from heterosync.flare import messages
+
+#: Name of the site's private setting for its site folder: a scope property in `local/privacy.json`. It is sent nowhere.
+DATA_ROOT = "data_root"
+WORK = "heterosync"
+
+
+class HeteroSyncExecutor(Executor):
+    """Supervises a trainer: a process of its own with a fixed command (never one that a job names), or in this process.
+
+    A client job process that dies fails the whole job; a trainer that dies is started again and costs a repeated task,
+    at worst its site one round. All state lies in the work folder `heterosync/` of the site's run folder: any process
+    of the same job can go on with it (the simulator starts one per task when it has fewer threads than clients).
+
+    method: name of the method, for example "hsl". method_settings, training: what differs from their defaults.
+    in_process: train inside this process; quicker to start, for tests and small simulations.
+
+    Failures go into the site's log in full; the server only learns a reason out of `messages.REASONS`.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        method_settings: dict | None = None,
+        training: dict | None = None,
+        in_process: bool = False,
+    ):
+        super().__init__()
+        self._method, self._settings, self._training = method, method_settings or {}, training or {}
+        self._in_process = in_process
+        self._trainer: Any = None
+        self._lock = threading.Lock()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.START_RUN:
+            messages.register_tensors()
+            self.logger.info("site %s: %s", fl_ctx.get_identity_name(), messages.READY)
+        elif event_type in (EventType.ABORT_TASK, EventType.END_RUN, EventType.SWAP_OUT):
+            self._close()
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """Answer one task. Never raises: FLARE would stream the traceback, with all it quotes, to the server."""
+        try:
+            round_ = shareable.get_header(AppConstants.CURRENT_ROUND)
+            fl_ctx.set_prop(messages.ROUND, round_, private=True, sticky=False)
+            for attempt in (1, 2):
+                try:
+                    trainer = self._get_trainer(fl_ctx)
+                    trainer.abort = lambda: abort_signal.triggered  # kills a trainer process within a tenth of a second
+                    return self._answer(trainer, task_name, shareable)
+                except TrainerDied as death:
+                    self._close()
+                    if abort_signal.triggered:
+                        return make_reply(ReturnCode.TASK_ABORTED)
+                    self.logger.warning("%s (%s)", death, "it starts again" if attempt == 1 else "no third attempt")
+            self._say_here(f"site {fl_ctx.get_identity_name()}: the trainer died twice in task {task_name}")
+            return messages.refusal("died")
+        except UserError as error:
+            for line in str(error).splitlines():
+                self._say_here(line)
+            return messages.refusal("mend")
+        except Exception as error:
+            if abort_signal.triggered:
+                return make_reply(ReturnCode.TASK_ABORTED)
+            site = fl_ctx.get_identity_name()
+            self._say_here(f"site {site}: {type(error).__name__}: {error}", traceback.format_exc())
+            return messages.refusal("defect")
+
+    def _say_here(self, line: str, details: str = "") -> None:
+        """Log a line that must stay here: no FLARE event, and not level ERROR, which is streamed to the server."""
+        self.logger.warning("%s%s%s", messages.PROBLEM, line, "\n" + details if details else "")
+
+    def _answer(self, trainer: Any, task_name: str, task: Shareable) -> Shareable:
+        if task_name == messages.CHECK_IN:
+            return messages.scalars_message(trainer.check_in())
+        if task_name == messages.TRAIN:
+            shared, _ = messages.open_message(task)
+            done = trainer.train(messages.round_of(task), shared)
+            fields = {"method": done.method, "round": done.round, "samples": done.samples}
+            return messages.tensors_message(done.tensors, {**fields, "metrics": reportable(done.metrics)})
+        if task_name == messages.VALIDATE:
+            shared, _ = messages.open_message(task)
+            split, model = task.get_header(messages.SPLIT), task.get_header(messages.MODEL)
+            return messages.scalars_message(reportable(trainer.validate(shared, split, model)))
+        raise UserError(f"task '{task_name}' is not one of {', '.join(messages.TASKS)}")
+
+    def _get_trainer(self, fl_ctx: FLContext) -> Any:
+        with self._lock:
+            if self._trainer is None:
+                self._trainer = self._make_trainer(fl_ctx)
+            return self._trainer
+
+    def _make_trainer(self, fl_ctx: FLContext) -> Any:
+        site = fl_ctx.get_identity_name()
+        scope = fl_ctx.get_prop(FLContextKey.SCOPE_PROPERTIES) or {}
+        folder = find_site_folder(site, scope.get(DATA_ROOT), os.environ)
+        work: Path = messages.run_folder(fl_ctx) / WORK
+        say = self.logger.info
+        if self._in_process:
+            from heterosync.federation.site import SiteTrainer
+
+            return SiteTrainer(site, folder, self._method, self._settings, self._training, work, log=say)
+        from heterosync.federation.worker import TrainerProcess
+
+        return TrainerProcess(site, folder, self._method, self._settings, self._training, work, log=say)
+
+    def _close(self) -> None:
+        with self._lock:
+            trainer, self._trainer = self._trainer, None
+        if trainer is not None and hasattr(trainer, "close"):
+            trainer.close()

@@ -1,0 +1,109 @@
+"""What is said between server and sites: task names, headers, the envelope of tensors and scalars, reasons of failure.
+
+A message is a FLARE `Shareable` that holds one `DXO`: kind WEIGHTS when tensors travel (scalars in its meta), kind
+METRICS when only scalars and short texts do. Tensors travel as torch tensors, by FLARE's download references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+from torch import Tensor
+
+from heterosync.errors import HeteroSyncError
+
+CHECK_IN, TRAIN, VALIDATE = "check_in", "train", "validate"
+TASKS = (CHECK_IN, TRAIN, VALIDATE)
+
+#: Headers of a validate task: which split is scored, and under which name the model is known.
+SPLIT, MODEL = "heterosync_split", "heterosync_model"
+#: Private property of a site's context while it answers: the round of the task, for the audit.
+ROUND = "heterosync_round"
+#: Header of an error reply: one of `REASONS`. Nothing else about a failure ever leaves a site.
+REASON = "heterosync_reason"
+
+REASONS: dict[str, str] = {
+    "mend": "its data or settings need mending; the line that says what is in the site's own log.txt",
+    "died": "its trainer process ended twice on this task (out of memory?); see trainer.log at the site",
+    "blocked": "its outbound filter blocked the message; see audit.jsonl at the site",
+    "defect": "an unexpected error; its traceback is in the site's own log.txt",
+}
+
+#: Marks the one line of a log that a user has to read; the simulator wrapper looks for it.
+PROBLEM = "PROBLEM: "
+#: Logged by a site once its part of the job is loaded.
+READY = "ready for tasks"
+
+
+def register_tensors() -> None:
+    """Let FLARE carry torch tensors. Needed in every process that sends or receives them, before the first message."""
+    fobs.register(TensorDecomposer)
+
+
+def tensors_message(tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> Shareable:
+    return DXO(DataKind.WEIGHTS, data=dict(tensors), meta=dict(meta or {})).to_shareable()
+
+
+def scalars_message(values: Mapping[str, Any]) -> Shareable:
+    return DXO(DataKind.METRICS, data=dict(values)).to_shareable()
+
+
+def open_message(message: Shareable) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, scalars) of a message. Raises `HeteroSyncError` when it is none of ours.
+
+    Tensors that FLARE offloaded to the server's disk are handed on as they are, with a `materialize` method.
+    """
+    try:
+        dxo = from_shareable(message)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HeteroSyncError("the message holds no data exchange object") from error
+    if dxo.data_kind == DataKind.WEIGHTS:
+        return dict(dxo.data), dict(dxo.meta or {})
+    if dxo.data_kind == DataKind.METRICS:
+        return {}, dict(dxo.data)
+    raise HeteroSyncError(f"the message is of kind {dxo.data_kind}; WEIGHTS or METRICS was expected")
+
+
+def materialized(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors, read from FLARE's disk offload where they lie there."""
+    return {name: value.materialize() if hasattr(value, "materialize") else value for name, value in tensors.items()}
+
+
+def refusal(reason: str) -> Shareable:
+    """The reply of a site that could not do its task; `reason` is a key of `REASONS`."""
+    return make_reply(ReturnCode.EXECUTION_EXCEPTION, headers={REASON: reason})
+
+
+def failure_of(reply: Shareable) -> str | None:
+    """None for a good reply, else one readable clause without any private detail."""
+    code = reply.get_return_code()
+    if code in (None, "", ReturnCode.OK):
+        return None
+    return REASONS.get(str(reply.get_header(REASON)), f"it answered {code}")
+
+
+def round_of(message: Shareable) -> int:
+    """Round number that the server put on a task. Raises `HeteroSyncError` without one."""
+    round_ = message.get_header(AppConstants.CURRENT_ROUND)
+    if not isinstance(round_, int) or isinstance(round_, bool):
+        raise HeteroSyncError("the task carries no round number")
+    return round_
+
+
+def sender_of(message: Shareable) -> str:
+    """Name of the site that sent a reply, as FLARE authenticated it."""
+    return str(message.get_peer_prop(ReservedKey.IDENTITY_NAME, "?"))
+
+
+def run_folder(fl_ctx: FLContext) -> Path:
+    """This participant's folder of the running job; the same for all processes of the job."""
+    return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))

@@ -1,0 +1,90 @@
+"""The global model on the server's disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
+from nvflare.app_common.abstract.model_persistor import ModelPersistor
+from nvflare.app_common.app_constant import AppConstants
+
+from heterosync.errors import UserError
+from heterosync.federation.initial import initial_state
+from heterosync.federation.modelfile import load_model, save_model
+from heterosync.federation.runner import BEST_MODEL, LAST_MODEL
+from heterosync.files import write_with
+from heterosync.flare import messages
+from heterosync.methods import make_method
+from heterosync.training.settings import TrainingSettings
+
+#: Private property of the server's context: the two label names, which the check-in found out.
+LABELS = "heterosync_labels"
+
+
+class GlobalModelPersistor(ModelPersistor):
+    """Makes the initial state once, from the method's name, and writes `last_model.pt` whole after every round.
+
+    method, method_settings, training: as in the executor. No class path of a model ever stands in a job.
+    source: a model file of an earlier run on the server's disk to start from ("" starts fresh).
+    """
+
+    def __init__(
+        self, method: str, method_settings: dict | None = None, training: dict | None = None, source: str = ""
+    ):
+        super().__init__()
+        self._method, self._settings, self._training = method, method_settings or {}, training or {}
+        self._source = source
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.START_RUN:
+            messages.register_tensors()
+
+    def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
+        """The state before the first round. Raises `UserError` for unknown settings or an unusable `source`."""
+        self._made = make_method(self._method, self._settings, TrainingSettings.from_dict(self._training))
+        state = initial_state(self._made)
+        if self._source:
+            state = _continued(Path(self._source), self._method, state)
+            write_with(messages.run_folder(fl_ctx) / LAST_MODEL, lambda copy: shutil.copyfile(self._source, copy))
+        return make_model_learnable(state, {})
+
+    def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
+        state = model[ModelLearnableKey.WEIGHTS]
+        if not state:
+            return  # a method whose weights stay at the sites
+        save_model(
+            messages.run_folder(fl_ctx) / LAST_MODEL,
+            method=self._made.name,
+            settings=self._made.settings,
+            training=self._made.training,
+            state=state,
+            labels=fl_ctx.get_prop(LABELS) or (),
+            round_=fl_ctx.get_prop(AppConstants.CURRENT_ROUND, 0) + 1,
+        )
+
+
+def keep_as_best(folder: Path) -> None:
+    """Make `best_model.pt` what `last_model.pt` is now; that one is replaced and never changed, so a link will do."""
+    last = folder / LAST_MODEL
+
+    def link(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(last, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(last, temporary)
+
+    if last.exists():
+        write_with(folder / BEST_MODEL, link)
+
+
+def _continued(source: Path, method: str, initial: dict) -> dict:
+    """The state of a model file, checked against what the settings of this job would build."""
+    stored = load_model(source, method)
+    if {name: value.shape for name, value in stored.state.items()} != {n: v.shape for n, v in initial.items()}:
+        raise UserError(f"source {source}: its tensors do not fit this job: use the settings it was made with")
+    return stored.state

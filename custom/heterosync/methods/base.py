@@ -1,0 +1,137 @@
+"""What a learning method is: plain federated learning of one classifier, and hooks for what differs.
+
+A method is one small file: a subclass of `Method` (depth 1, no method imports another) that states its facts and
+overrides only what it changes, plus one line in `methods/__init__.py`. The order of the calls in a round at a site:
+
+    receive(model, shared) -> round_start(model, shared) -> loss(model, batch) per step -> round_end(model)
+
+then the best snapshot is loaded, `diagnostics` runs, and `shared_names` of the snapshot leave the site. Tensors that
+are not shared stay in the model (and in the site's resume state) from round to round.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+from heterosync.models import Classifier
+from heterosync.training import Batch, TrainingSettings
+from heterosync.training import Settings as BaseSettings
+
+Partner: TypeAlias = Tensor | Literal["self"]
+
+
+#: What leaves a site under every method, by the names of the allow-list (federation/wire.py) and with privacy class.
+COMMON_LEAVES: tuple[str, ...] = (
+    "W0, per round: val_auc_received, val_auc_best, best_epoch, train_loss, steps, seconds; for the two-task network "
+    "also anchor_gradient_ratio, partner_effect, mixture_share",
+    "W0, per evaluated split: auc, ci_low, ci_high, accuracy, recall, precision",
+    "W0, numbers of images: n_train and n_validation per round, n per evaluated split, counts of every split at the "
+    "check-in",
+    "W2, number of images of the positive label per evaluated split: n_positive",
+    "at the check-in: site name, method, labels (the names of the two classes), anchor_digest (SHA-256 of the shared "
+    "anchor set), model_hash (names and shapes), initial_weights (imagenet, none or a file's hash), precision, "
+    "versions of heterosync, python, torch, torchvision and nvflare",
+)
+
+
+@dataclass(frozen=True)
+class NoSettings(BaseSettings):
+    """For methods without hyper-parameters of their own."""
+
+    what: ClassVar[str] = "method"
+
+
+class Method(ABC):
+    """One learning method. The defaults are the degenerate case: one classifier, BCE, every tensor shared.
+
+    Class attributes:
+        name, title     as in a job and as in a report
+        status          "exact", "code-faithful", "corrected" or "reconstruction" (methods.md, provenance marks)
+        citation        the source in one line
+        leaves          all that leaves a site, in plain words with its privacy class (methods.md 1.7): the method's own
+                        tensors, then `COMMON_LEAVES`
+        weighting       fusion weights: "equal", "samples", or "none" (nothing is exchanged)
+        personal        each site is tested with its own model (methods.md 1.5)
+        uses_anchor     the loss needs the anchor task
+        Settings        frozen dataclass of the hyper-parameters
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    status: ClassVar[str]
+    citation: ClassVar[str]
+    leaves: ClassVar[tuple[str, ...]]
+    weighting: ClassVar[str] = "equal"
+    personal: ClassVar[bool] = False
+    uses_anchor: bool = False
+    Settings: ClassVar[type[BaseSettings]] = NoSettings
+
+    def __init__(self, settings: BaseSettings | None = None, training: TrainingSettings | None = None):
+        self.settings = settings if settings is not None else self.Settings()
+        self.training = training if training is not None else TrainingSettings()
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    def build_model(self, weights: str | None = None) -> nn.Module:
+        """The network on the CPU with initial values drawn from `training.seed`; global generators stay as they are.
+
+        `weights` replaces the setting of that name ("none" where the values come from the server anyway).
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            return self.network(self.training.weights if weights is None else weights)
+
+    def network(self, weights: str) -> nn.Module:
+        """Make the network; the generator is seeded already."""
+        return Classifier(self.training.backbone, self.training.channels, weights)
+
+    def shared_names(self, model: nn.Module) -> tuple[str, ...]:
+        """Exact names of the state tensors that leave a site and come back fused; the others stay personal."""
+        return () if self.weighting == "none" else tuple(model.state_dict())
+
+    # -- a round at a site ---------------------------------------------------------------------------------------------
+
+    def receive(self, model: nn.Module, shared_state: Mapping[str, Tensor]) -> None:
+        """Put a fused state (exactly `shared_names`, checked) into the model; personal tensors keep their values."""
+        model.load_state_dict(dict(shared_state), strict=False)
+
+    def round_start(self, model: nn.Module, received: Mapping[str, Tensor]) -> None:
+        """Before the first step; for methods whose loss refers to the received state."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The scalar to minimise for one batch."""
+        return bce(model(batch.images), batch.labels)
+
+    def round_end(self, model: nn.Module) -> None:
+        """After the last step; the model holds the last epoch, not yet the best one."""
+
+    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """Scalars about the mechanism, once per round; must leave model, gradients and generators as they were."""
+        return {}
+
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
+        """Images (b, c, h, w), already on the model's device -> probabilities (b,) of label 1.
+
+        `partner`: "self", or images (b, c, h, w) of the anchor set for methods that look at two images.
+        """
+        return torch.sigmoid(model(images))
+
+    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
+        """Anchor rows (k, n_images) whose k scores are averaged; None: every image is its own partner."""
+        return None
+
+
+def bytes_per_round(method: Method, model: nn.Module) -> int:
+    """Bytes that a site sends (and receives) in one round, without message overhead."""
+    state = model.state_dict()
+    return sum(state[name].numel() * state[name].element_size() for name in method.shared_names(model))

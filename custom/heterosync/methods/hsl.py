@@ -1,0 +1,56 @@
+"""HeteroSync Learning: every site trains its private task beside one shared anchor task; all tensors are averaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from heterosync.methods.base import COMMON_LEAVES, Method, Partner
+from heterosync.methods.paired import (
+    PairedSettings,
+    paired_diagnostics,
+    paired_loss,
+    paired_network,
+    paired_partner_rows,
+    paired_predict,
+)
+from heterosync.training import Batch
+
+
+@dataclass(frozen=True)
+class HSLSettings(PairedSettings):
+    what: ClassVar[str] = "hsl"
+
+
+class HSL(Method):
+    """Hu et al. 2025, as the paper and the official code say, without the defects of the 2025 demo (methods.md 2)."""
+
+    name = "hsl"
+    title = "HeteroSync Learning"
+    status = "corrected"
+    citation = "Hu et al., Nat. Commun. 16, 9416 (2025), doi 10.1038/s41467-025-64459-y"
+    leaves = (
+        "W1: all tensors of the two-task network (weights, BatchNorm statistics and counters)",
+        *COMMON_LEAVES,
+    )
+    uses_anchor = True
+    Settings = HSLSettings
+    settings: HSLSettings
+
+    def network(self, weights: str) -> nn.Module:
+        return paired_network(self.settings, self.training, weights)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return paired_loss(self.settings, model, batch)
+
+    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
+        return paired_predict(model, images, partner)
+
+    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
+        return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
+
+    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        return paired_diagnostics(model, batch)

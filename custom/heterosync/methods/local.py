@@ -1,0 +1,75 @@
+"""Local learning: every site trains alone, nothing is exchanged (methods.md 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from heterosync.errors import UserError
+from heterosync.methods.base import COMMON_LEAVES, Method, Partner
+from heterosync.methods.paired import (
+    PairedSettings,
+    paired_diagnostics,
+    paired_loss,
+    paired_network,
+    paired_partner_rows,
+    paired_predict,
+)
+from heterosync.training import Batch, TrainingSettings, setting
+
+
+@dataclass(frozen=True)
+class LocalSettings(PairedSettings):
+    """`network` "mmoe" is HSL without exchange, anchor task included; without it the MMoE's settings are refused."""
+
+    what: ClassVar[str] = "local"
+
+    network: str = setting("classifier", "[R] methods.md 3.2: plain ResNet18", choices=("classifier", "mmoe"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network == "mmoe":
+            return
+        for item in fields(PairedSettings):
+            if getattr(self, item.name) != item.default:
+                raise UserError(
+                    f"local setting '{item.name}' counts for the MMoE only: set 'network' to mmoe or leave it"
+                )
+
+
+class Local(Method):
+    """Each round continues from the site's own best snapshot, as federated averaging with a single site would."""
+
+    name = "local"
+    title = "Local learning"
+    status = "exact"
+    citation = "standard; network plain ResNet18 (reconstruction, methods.md 3.2)"
+    leaves = COMMON_LEAVES
+    weighting = "none"
+    personal = True
+    Settings = LocalSettings
+    settings: LocalSettings
+
+    def __init__(self, settings: LocalSettings | None = None, training: TrainingSettings | None = None):
+        super().__init__(settings, training)
+        self.uses_anchor = self.settings.network == "mmoe"
+
+    def network(self, weights: str) -> nn.Module:
+        return paired_network(self.settings, self.training, weights) if self.uses_anchor else super().network(weights)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return paired_loss(self.settings, model, batch) if self.uses_anchor else super().loss(model, batch)
+
+    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
+        return paired_predict(model, images, partner) if self.uses_anchor else super().predict(model, images, partner)
+
+    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
+        if not self.uses_anchor:
+            return None
+        return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
+
+    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        return paired_diagnostics(model, batch)

@@ -1,0 +1,108 @@
+"""What methods with the two-task network share: its settings, the joint loss, scoring with a partner image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+from heterosync.errors import UserError
+from heterosync.models import MMoE
+from heterosync.models.mechanism import mechanism
+from heterosync.training import Batch, Settings, TrainingSettings, setting
+from heterosync.training.seeds import stream
+
+
+@dataclass(frozen=True)
+class PairedSettings(Settings):
+    """The MMoE, its loss and its partner image (methods.md 2.2, 2.4, 2.6)."""
+
+    what: ClassVar[str] = "method"
+
+    temperature: float = setting(3.0, "[C] T = 3: divides the joint features before their softmax", low=1e-6)
+    n_experts: int = setting(12, "[C]", low=1)
+    expert_hidden: int = setting(62, "[C] as published, not 64", low=1)
+    expert_out: int = setting(32, "[C]", low=1)
+    tower_hidden: int = setting(16, "[C]", low=1)
+    drop_expert: float = setting(0.3, "[C]", low=0.0, high=0.99)
+    drop_tower: float = setting(0.4, "[C]", low=0.0, high=0.99)
+    loss_weights: tuple[float, float] = setting((0.5, 0.5), "[C] primary, anchor", low=0.0)
+    test_partner: str = setting(
+        "self", "[C] 2025 demo; sat_index: 2024 script; sat_mean [R]", choices=("self", "sat_index", "sat_mean")
+    )
+    n_partners: int = setting(16, "[R] partners of sat_mean", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not any(self.loss_weights):
+            raise UserError("method setting 'loss_weights' is all zero: give at least one task a weight above 0")
+
+
+def paired_network(settings: PairedSettings, training: TrainingSettings, weights: str) -> MMoE:
+    return MMoE(
+        training.backbone,
+        training.channels,
+        weights,
+        settings.temperature,
+        settings.n_experts,
+        settings.expert_hidden,
+        settings.expert_out,
+        settings.tower_hidden,
+        settings.drop_expert,
+        settings.drop_tower,
+    )
+
+
+def paired_loss(settings: PairedSettings, model: nn.Module, batch: Batch) -> Tensor:
+    """L = w_1 BCE(primary) + w_2 BCE(anchor) (methods.md 2.4); a task of weight 0 is left out, not multiplied by 0."""
+    logits = model(batch.images, batch.anchor_images)
+    labels = (batch.labels, batch.anchor_labels)
+    terms = [
+        weight * bce(logit, label)
+        for weight, logit, label in zip(settings.loss_weights, logits, labels, strict=True)
+        if weight
+    ]
+    return torch.stack(terms).sum()
+
+
+def paired_predict(model: nn.Module, images: Tensor, partner: Tensor | str) -> Tensor:
+    """Probability (b,) of the primary task; `partner` "self" shows the image to both encoders."""
+    return torch.sigmoid(model(images, images if isinstance(partner, str) else partner)[0])
+
+
+def paired_partner_rows(
+    settings: PairedSettings, training: TrainingSettings, n_images: int, n_anchor: int
+) -> np.ndarray | None:
+    """Anchor rows of the setting `test_partner`, fixed by the seed and equal at every site (methods.md 2.6).
+
+    sat_index   (1, n): image i of a split with the i-th image of a shuffled anchor list, random ones beyond its length.
+                Reconstruction: the published script pairs by position with a separate anchor test set (methods.md 2.1
+                would draw 200:200, disjoint from the 2000 trained on), which is not available; the partners here come
+                from the anchor pack itself, which the network has trained on. `heterosync predict` (study/predict.py)
+                has no split whose order could count, and picks an image's partner by a hash of the image's content.
+    sat_mean    (n_partners, n): the same partners for every image, from the anchor pack too
+    """
+    if settings.test_partner == "self":
+        return None
+    if not n_anchor:
+        raise UserError(
+            f"method setting 'test_partner' is '{settings.test_partner}', but there is no anchor pack: use 'self'"
+        )
+    rng = stream(training.seed, "test partner")
+    listed = rng.permutation(n_anchor)
+    if settings.test_partner == "sat_index":
+        beyond = rng.integers(0, n_anchor, max(0, n_images - n_anchor))
+        return np.concatenate([listed[:n_images], beyond])[None]
+    chosen = listed[: settings.n_partners]
+    return np.repeat(chosen[:, None], n_images, 1)
+
+
+def paired_diagnostics(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """methods.md 2.10: anchor_gradient_ratio, partner_effect, mixture_share."""
+    if not isinstance(model, MMoE) or batch.anchor_images is None or batch.anchor_labels is None:
+        return {}
+    return mechanism(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)

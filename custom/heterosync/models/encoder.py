@@ -1,0 +1,154 @@
+"""Image encoders: torchvision's ResNet18, and a ResNet of width 8 for the smoke profile (methods.md 1.2, 1.8)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet, ResNet18_Weights
+
+from heterosync.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+BACKBONES = ("resnet18", "resnet_tiny")
+
+
+class FullLinear(nn.Linear):
+    """A linear layer that computes in the type of its weights also under autocast: bfloat16 scores would be tied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class TinyResNet(ResNet):
+    """A ResNet with BatchNorm, one block per stage and widths 8, 16, 32, 64: eight times thinner than ResNet18."""
+
+    def __init__(self) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        self.conv1 = nn.Conv2d(3, 8, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(64, 1000)
+
+    def _make_layer(self, block, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        if planes == 64:  # the first stage: torchvision has just set the stem's width to 64
+            self.inplanes = 8
+        return super()._make_layer(block, planes // 8, blocks, stride, dilate)
+
+
+def build_encoder(backbone: str = "resnet18", channels: int = 3, weights: str = "none", outputs: int = 0) -> ResNet:
+    """A ResNet whose last layer `fc` has `outputs` logits, never in reduced precision; 0: as many values as features
+    (512 for ResNet18).
+
+    `weights`: "none", "imagenet" (torchvision's cached file), "auto" (that file if it is there, else none) or the path
+    of a torchvision ResNet18 state. Nothing is ever downloaded. Raises `UserError` for a bad name or file.
+    """
+    if backbone == "resnet18":
+        net = ResNet(BasicBlock, [2, 2, 2, 2])
+    elif backbone == "resnet_tiny":
+        net = TinyResNet()
+    else:
+        raise UserError(f"setting 'backbone' is '{backbone}': {nearest(backbone, BACKBONES)}")
+    features = net.fc.in_features
+    state = _pretrained(backbone, weights)
+    net.fc = FullLinear(features, outputs) if outputs else nn.Linear(features, features)
+    if state is not None:
+        _load_body(net, state, weights)
+    if channels != 3:
+        _adapt_channels(net, channels)
+    return net
+
+
+def cached_imagenet_file() -> Path:
+    """Where torchvision keeps its ImageNet weights of ResNet18 on this machine (the file need not exist)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name
+
+
+def resolved_weights(weights: str, backbone: str = "resnet18") -> str:
+    """What the setting `weights` means on this machine: "none", "imagenet" or "file sha256:<first 12 digits>".
+
+    Raises `UserError` for weights that are not there.
+    """
+    path = _weights_file(backbone, weights)
+    if path is None:
+        return "none"
+    if weights in ("auto", "imagenet"):
+        return "imagenet"
+    status = path.stat()
+    return f"file sha256:{_file_hash(path.resolve(), status.st_size, status.st_mtime_ns)[:12]}"
+
+
+@lru_cache(maxsize=4)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file; size and time of change only tell the cache that it is another one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _pretrained(backbone: str, weights: str) -> dict[str, Tensor] | None:
+    path = _weights_file(backbone, weights)
+    if path is None and weights == "auto" and backbone == "resnet18":
+        cached = cached_imagenet_file()
+        log.warning("no ImageNet weights at %s: training starts from random weights (setting 'weights')", cached)
+    return None if path is None else read_state(path)
+
+
+def _weights_file(backbone: str, weights: str) -> Path | None:
+    """The file that the setting `weights` stands for; None: the weights are random."""
+    cached = cached_imagenet_file()
+    if weights == "none" or (weights == "auto" and not (backbone == "resnet18" and cached.is_file())):
+        return None
+    if backbone != "resnet18":
+        raise UserError(f"setting 'weights' is '{weights}' but backbone '{backbone}' has no weights: set it to none")
+    path = cached if weights in ("auto", "imagenet") else Path(weights)
+    if not path.is_file():
+        hint = "put torchvision's ResNet18 file there" if weights == "imagenet" else "give an existing file"
+        raise UserError(f"setting 'weights' is '{weights}' but {path} does not exist: {hint}, or use 'none'")
+    return path
+
+
+def read_state(path: Path | str) -> dict[str, Tensor]:
+    """Read a file that holds one state (name -> tensor), without running code of it. Raises `UserError`."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: give the path of a PyTorch state file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} is no readable PyTorch state file: it is damaged or holds more than tensors"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state (name -> tensor): save model.state_dict() into it")
+    return state
+
+
+def _load_body(net: ResNet, state: dict[str, Tensor], source: str) -> None:
+    body = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    wanted = {name: value.shape for name, value in net.state_dict().items() if not name.startswith("fc.")}
+    for name, shape in wanted.items():
+        if name not in body:
+            raise UserError(f"weights '{source}' lack the tensor '{name}': give a state of torchvision's ResNet18")
+        if body[name].shape != shape:
+            found = tuple(body[name].shape)
+            raise UserError(f"weights '{source}': tensor '{name}' is {found} instead of {tuple(shape)}")
+    net.load_state_dict({name: body[name] for name in wanted}, strict=False)
+
+
+def _adapt_channels(net: ResNet, channels: int) -> None:
+    """Grey images: the first filters are summed over RGB, so a grey picture gives what its RGB copy gave."""
+    if channels != 1:
+        raise UserError(f"setting 'channels' is {channels}: 1 (grey) or 3 (RGB) are possible")
+    old = net.conv1
+    net.conv1 = nn.Conv2d(1, old.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+    with torch.no_grad():
+        net.conv1.weight.copy_(old.weight.sum(1, keepdim=True))

@@ -1,0 +1,67 @@
+"""How strongly the anchor task reaches the primary task inside an MMoE (methods.md 2.10): three numbers per round."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+from heterosync.models.mmoe import MMoE
+
+
+def mechanism(model: MMoE, primary: Tensor, labels: Tensor, anchor: Tensor, anchor_labels: Tensor) -> dict[str, float]:
+    """Measure on two small batches (b, c, h, w) with labels (b,); model, gradients and mode stay as they were.
+
+    anchor_gradient_ratio   |dL_anchor/d encoder 1| / |dL_primary/d encoder 1|
+    partner_effect          mean |change of the primary probability| when the partner image is replaced by the next one
+    mixture_share           |m_1| / (|m_1| + |s_1|): part of tower 1's input that comes from the mixture, not the skip
+    """
+    was_training = model.training
+    model.eval()  # no dropout, and the BatchNorm statistics stay
+    try:
+        with torch.enable_grad():
+            f1 = model.encode(0, primary)
+            f2 = model.encode(1, anchor).detach()
+            paired = torch.arange(len(f1), device=f1.device) % len(f2)  # the two batches may differ in size
+            logit1, logit2 = model.decide(f1, f2[paired])
+            weights = list(model.encoders[0].parameters())
+            main = torch.autograd.grad(bce(logit1, labels), weights, retain_graph=True)
+            side = torch.autograd.grad(bce(logit2, anchor_labels[paired]), weights)
+        with torch.no_grad():
+            head = _head_copy(model)
+            f1, f2, paired = f1.cpu().double(), f2.cpu().double(), paired.cpu()
+            effect = torch.stack([_partner_step(head, f1, f2, shift) for shift in range(len(f2))]).mean()
+            mixtures, skips = head.mix(f1, f2[paired])
+            share = mixtures[0].norm() / (mixtures[0].norm() + skips[0].norm()).clamp_min(1e-300)
+        return {
+            "anchor_gradient_ratio": float(_norm(side) / _norm(main).clamp_min(1e-30)),
+            "partner_effect": float(effect),
+            "mixture_share": float(share),
+        }
+    finally:
+        model.train(was_training)
+
+
+def _head_copy(model: MMoE) -> MMoE:
+    """The part behind the encoders in float64 on the CPU (not every device has float64): at the start a partner moves
+    p by less than float32 shows."""
+    encoders, model.encoders = model.encoders, nn.ModuleList()
+    try:
+        head = copy.deepcopy(model).cpu().double()
+    finally:
+        model.encoders = encoders
+    return head
+
+
+def _partner_step(head: MMoE, f1: Tensor, f2: Tensor, shift: int) -> Tensor:
+    """Mean |p(image i, partner i + shift) - p(image i, partner i + shift + 1)|."""
+    rows = torch.arange(len(f1), device=f2.device)
+    partners = [f2[(rows + step) % len(f2)] for step in (shift, shift + 1)]
+    p, q = (torch.sigmoid(head.decide(f1, partner)[0]) for partner in partners)
+    return (p - q).abs().mean()
+
+
+def _norm(gradients: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([gradient.cpu().double().norm() for gradient in gradients]).norm()

@@ -1,0 +1,164 @@
+"""Probabilities for images that the model has never seen, from a model file alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from heterosync.data.packs import Pack
+from heterosync.data.readers import PILLOW_SUFFIXES, ImageReader, to_size
+from heterosync.data.site import CONFIG, MANIFEST, read_manifest, read_site_config
+from heterosync.errors import UserError
+from heterosync.federation.modelfile import ModelFile, load_model
+from heterosync.files import write_text
+from heterosync.methods.base import Method
+from heterosync.study.partners import partner_images
+from heterosync.study.table import csv_table
+from heterosync.training.metrics import binary_metrics
+
+SUFFIXES = (*PILLOW_SUFFIXES, ".dcm", ".dicom", ".ima", ".nii", ".nii.gz", ".npy")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images to be scored: a reader, their names in a fixed order and, for a site folder, their labels (else
+    None)."""
+
+    reader: ImageReader
+    names: list[str]
+    labels: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities of the positive class (n,), in the order of `names`; `metrics` where labels were known."""
+
+    names: list[str]
+    probabilities: np.ndarray
+    classes: tuple[str, ...]
+    metrics: dict[str, float | None] | None
+
+    def to_csv(self, path: Path) -> Path:
+        """Columns image, probability, label; a label is the class at the threshold 0.5. Written whole or not at all."""
+        negative, positive = self.classes if len(self.classes) == 2 else ("0", "1")
+        rows = [
+            (name, f"{probability:.8f}", positive if probability >= 0.5 else negative)
+            for name, probability in zip(self.names, self.probabilities, strict=True)
+        ]
+        return write_text(path, csv_table(("image", "probability", "label"), rows))
+
+
+def open_source(path: Path | str) -> Source:
+    """A site folder (the rows of its manifest), a folder of images at any depth, one image, or an .npz pack.
+
+    Raises `UserError` when there is nothing to read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name an image, a folder of images or a site folder")
+    if path.is_file():
+        names = _entries(path, path.name) or [path.name]
+        return Source(ImageReader(path.parent), names)
+    if (path / CONFIG).exists() and (path / MANIFEST).exists():
+        config = read_site_config(path)
+        rows = read_manifest(path, config)
+        return Source(ImageReader(path, config.window), [row.image for row in rows], [row.label for row in rows])
+    names = []
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue
+        names += _entries(file, name) or ([name] if name.lower().endswith(SUFFIXES) else [])
+    if not names:
+        raise UserError(f"{path} holds no image: PNG, JPEG, DICOM (.dcm), NIfTI, .npy and .npz packs are read")
+    return Source(ImageReader(path), names)
+
+
+def predict(
+    model: Path | str | ModelFile,
+    source: Path | str | Source,
+    partner: str | None = None,
+    batch_size: int = 32,
+    device: str = "cpu",
+    anchor: Path | str | None = None,
+) -> Predictions:
+    """Score every image once. `partner` is "self", "sat_index" or "sat_mean" (None: as the model was trained to be
+    tested).
+
+    `batch_size` images are read and decoded at a time, by several threads; each then passes the network by itself and
+    in float32, so that its score depends on no other image: alone, in any batch and in any order it is the same. For
+    the same reason `sat_index` picks an image's partner by the image's content (reconstruction: the published script
+    goes by position). `anchor` is a folder that holds anchor/, for a model file without partner images.
+
+    Raises `UserError` for an unreadable image and for a partner that neither the file nor `anchor` provides.
+    """
+    file = model if isinstance(model, ModelFile) else load_model(model)
+    source = source if isinstance(source, Source) else open_source(source)
+    method, network = file.build()
+    partner = partner or str(getattr(method.settings, "test_partner", "self"))
+    partners = partner_images(method, file.assets, partner, anchor)
+    place = open_device(device)
+    network = network.to(place)
+    partners = None if partners is None else partners.to(place)
+    probabilities = np.array(
+        [_score(method, network, pixels.to(place), partner, partners) for pixels in _read(source, method, batch_size)]
+    )
+    if not np.isfinite(probabilities).all():
+        name = source.names[int(np.flatnonzero(~np.isfinite(probabilities))[0])]
+        raise UserError(f"{name}: the model gives a score that is not finite; its weights are damaged")
+    metrics = None if source.labels is None else binary_metrics(np.array(source.labels), probabilities)
+    return Predictions(source.names, probabilities, file.labels, metrics)
+
+
+def open_device(name: str) -> torch.device:
+    """Raises `UserError` for a device that this machine does not have."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); use cpu") from error
+
+
+def _score(method: Method, network: nn.Module, image: Tensor, partner: str, partners: Tensor | None) -> float:
+    """Probability for one image (1, c, h, w)."""
+    with torch.inference_mode():
+        if partners is None:
+            return float(method.predict(network, image, "self").double())
+        if partner == "sat_index":
+            digest = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
+            chosen = int.from_bytes(digest[:8], "big") % len(partners)
+            return float(method.predict(network, image, partners[chosen : chosen + 1]).double())
+        scores = method.predict(network, image.expand(len(partners), -1, -1, -1).contiguous(), partners)
+        return float(scores.double().mean())
+
+
+def _read(source: Source, method: Method, batch_size: int) -> Iterator[Tensor]:
+    """Float32 (1, c, h, w) per image, in order."""
+    settings = method.training
+
+    def read(name: str) -> Tensor:
+        pixels = to_size(source.reader.read(name), settings.image_size, settings.channels)
+        return torch.from_numpy(np.array(pixels)).float().div_(255).unsqueeze(0)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for start in range(0, len(source.names), batch_size):
+            yield from pool.map(read, source.names[start : start + batch_size])
+
+
+def _entries(file: Path, name: str) -> list[str]:
+    """Names of all images in a pack; [] for any other file."""
+    if not name.lower().endswith(".npz"):
+        return []
+    try:
+        return [f"{name}#{i}" for i in range(len(Pack(file)))]
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    except Exception as error:  # a damaged archive raises anything
+        raise UserError(f"{name}: the pack is truncated or damaged: copy it again") from error

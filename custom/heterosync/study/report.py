@@ -1,0 +1,123 @@
+"""The report on one or more runs: text, Markdown, CSV and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from heterosync.files import make_folder, write_text
+from heterosync.study import figure
+from heterosync.study.runs import Run, read_runs
+from heterosync.study.table import ABSENT, csv_table, mean, number, text_table, with_interval
+
+__all__ = ["auc_table", "read_runs", "report_dict", "report_text", "summary", "write_report"]
+
+METRICS = ("auc", "ci_low", "ci_high", "accuracy", "recall", "precision", "n", "n_positive")
+
+
+def sites_of(runs: Sequence[Run]) -> list[str]:
+    return sorted({site for run in runs for site in run.test_metrics})
+
+
+def summary(runs: Sequence[Run]) -> dict[str, dict[str, float | None]]:
+    """Run label -> site -> test AUC, and `mean`, the plain mean over the sites (not the AUC of the pooled cases)."""
+    return {
+        run.label: {
+            **{site: metrics.get("auc") for site, metrics in sorted(run.test_metrics.items())},
+            "mean": mean([metrics.get("auc") for metrics in run.test_metrics.values()]),
+        }
+        for run in runs
+    }
+
+
+def auc_table(runs: Sequence[Run]) -> str:
+    """Test AUC with its 95 % interval: one row per site, one column per run."""
+    rows = []
+    for site in sites_of(runs):
+        cells = [run.test_metrics.get(site, {}) for run in runs]
+        counts = next((f"{m['n']:.0f} ({m.get('n_positive', 0):.0f})" for m in cells if m.get("n") is not None), ABSENT)
+        rows.append([site, counts, *(with_interval(m.get("auc"), m.get("ci_low"), m.get("ci_high")) for m in cells)])
+    rows.append(["mean", "", *(number(values["mean"]) for values in summary(runs).values())])
+    return text_table(["site", "test images (positive)", *(run.label for run in runs)], rows)
+
+
+def validation_table(runs: Sequence[Run]) -> str:
+    """The latest validation AUC of each site, for runs that have not been tested yet."""
+    sites = sorted({site for run in runs for site in run.validation})
+    rows = [
+        [site, *(number(run.validation[site][-1][1] if site in run.validation else None) for run in runs)]
+        for site in sites
+    ]
+    rows.append(["mean", *(number(mean([points[-1][1] for points in run.validation.values()])) for run in runs)])
+    return text_table(["site", *(run.label for run in runs)], rows)
+
+
+def describe(run: Run) -> str:
+    """What a reader must know of a run before its numbers."""
+    planned = f" of {run.rounds_planned}" if run.rounds_planned is not None else ""
+    seconds = run.info.get("wall_seconds", 0)
+    lines = [f"{run.label}: {run.status}, {run.rounds_done}{planned} rounds in {seconds:.0f} s ({run.folder})"]
+    if run.model:
+        best = run.info.get("best_round") if run.model == "best" else None
+        lines.append(f"  tested model: {run.model}" + (f", after {best} rounds" if best is not None else ""))
+    if run.absent:
+        lines.append("  " + "; ".join(run.absent))
+    lines += [f"  refused, {line}" for line in run.refused]
+    return "\n".join(lines)
+
+
+def report_text(runs: Sequence[Run]) -> str:
+    """The whole report as text that is also Markdown."""
+    parts = ["\n".join(describe(run) for run in runs)]
+    tested = [run for run in runs if run.test_metrics]
+    untested = [run for run in runs if not run.test_metrics and run.validation]
+    if tested:
+        parts.append("Test AUC (95 % interval), every test image scored once:\n\n" + auc_table(tested))
+    if untested:
+        parts.append("Not tested yet; validation AUC of the latest global model:\n\n" + validation_table(untested))
+    if not tested and not untested:
+        parts.append("No result yet: the first round has not ended.")
+    return "\n\n".join(parts)
+
+
+def report_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The report for a program: one object per run."""
+    return [
+        {
+            "label": run.label,
+            "folder": str(run.folder),
+            "status": run.status,
+            "rounds_done": run.rounds_done,
+            "rounds_planned": run.rounds_planned,
+            "tested_model": run.model,
+            "auc": summary([run])[run.label],
+            "tests": run.tests,
+            "validation": run.validation,
+            "absent": run.absent,
+            "refused": run.refused,
+        }
+        for run in runs
+    ]
+
+
+def write_report(runs: Sequence[Run], out: Path | str) -> list[Path]:
+    """Write report.md, auc.csv (one row per run, model and site) and the figures that have something to show."""
+    out = make_folder(out)
+    rows = [
+        [run.label, model, site, *(metrics.get(key, "") for key in METRICS)]
+        for run in runs
+        for model, sites in run.tests.items()
+        for site, metrics in sites.items()
+    ]
+    files = [
+        write_text(out / "report.md", "# Report\n\n" + report_text(runs) + "\n"),
+        write_text(out / "auc.csv", csv_table(["run", "model", "site", *METRICS], rows)),
+    ]
+    tested = {run.label: run.test_metrics for run in runs if run.test_metrics}
+    if tested:
+        files += figure.auc_per_site(tested, out / "auc")
+    curves = {run.label: run.validation for run in runs if run.validation}
+    if curves:
+        files += figure.auc_over_rounds(curves, out / "rounds")
+    return files

@@ -1,0 +1,136 @@
+"""Runs read back from their result files: run.json, history.csv, cross_site_metrics.json (DESIGN 7), and nothing
+else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heterosync.errors import UserError
+from heterosync.federation.results import CROSS_SITE, HISTORY, MEAN, RUN, read_history
+from heterosync.files import read_json
+
+#: Which of the tested models speaks for a run, the first that is there: the chosen fusion, each site's own, the last
+#: fusion.
+PREFERRED = ("best", "local", "last")
+VALIDATION_AUC = "val_auc_received"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as far as it has come. `history`: (round, site, metric, value); `tests`: model -> site -> metrics."""
+
+    label: str
+    folder: Path
+    info: dict[str, Any]
+    history: list[tuple[int, str, str, float]]
+    tests: dict[str, dict[str, dict[str, Any]]]
+
+    @property
+    def status(self) -> str:
+        status = str(self.info.get("status", "unknown"))
+        return "still going or broken off" if status == "running" else status
+
+    @property
+    def rounds_done(self) -> int:
+        return len(self.info.get("rounds") or [])
+
+    @property
+    def rounds_planned(self) -> int | None:
+        return (self.info.get("training") or {}).get("rounds")
+
+    @property
+    def model(self) -> str | None:
+        """The tested model that speaks for this run; None while nothing is tested."""
+        return next((name for name in PREFERRED if self.tests.get(name)), next(iter(self.tests), None))
+
+    @property
+    def test_metrics(self) -> dict[str, dict[str, Any]]:
+        """Site -> metrics of `model`."""
+        return self.tests.get(self.model, {}) if self.model else {}
+
+    @property
+    def validation(self) -> dict[str, list[tuple[int, float]]]:
+        """Site -> (rounds of training that the model had seen, validation AUC)."""
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for round_, site, metric, value in self.history:
+            if metric == VALIDATION_AUC:
+                curves.setdefault(site, []).append((round_, value))
+        return {site: sorted(curves[site]) for site in sorted(curves)}
+
+    @property
+    def refused(self) -> list[str]:
+        return [
+            f"round {record['round'] + 1}: {site}: {reason}"
+            for record in self.info.get("rounds") or []
+            for site, reason in (record.get("refused") or {}).items()
+        ]
+
+    @property
+    def absent(self) -> list[str]:
+        """Rounds that went on without a site that took part in another round."""
+        records = self.info.get("rounds") or []
+        sites = {site for record in records for site in record["contributors"]}
+        return [
+            f"round {record['round'] + 1}: without {', '.join(missing)}"
+            for record in records
+            if (missing := sorted(sites - set(record["contributors"])))
+        ]
+
+
+def find_runs(path: Path | str) -> list[Path]:
+    """The folder itself when it holds run.json, else every one below it that does. Raises `UserError` when there is
+    none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: name a run folder or a simulator workspace")
+    if (path / RUN).is_file():
+        return [path]
+    found = sorted(file.parent for file in path.rglob(RUN))
+    # `heterosync simulate` copies the server's record to results/ when it ends: the server's own is the same or newer
+    found = [folder for folder in found if not (folder.name == "results" and _of_server(folder.parent, found))]
+    if not found:
+        raise UserError(f"{path} holds no {RUN}, here or below: has its run begun its first round?")
+    return found
+
+
+def _of_server(workspace: Path, found: Sequence[Path]) -> bool:
+    return any(workspace / "server" in folder.parents for folder in found)
+
+
+def read_runs(paths: Sequence[Path | str]) -> list[Run]:
+    """All runs of these folders, each with a label of its own (the method, with the folder's name where that is not
+    enough)."""
+    folders = [folder for path in paths for folder in find_runs(path)]
+    infos = [read_json(folder / RUN) for folder in folders]
+    for folder, info in zip(folders, infos, strict=True):
+        if not isinstance(info, dict):
+            raise UserError(f"{folder / RUN} is not the record of a run: restore it or leave this folder out")
+    methods = [str(info.get("method", folder.name)) for folder, info in zip(folders, infos, strict=True)]
+    runs = []
+    for folder, info, method in zip(folders, infos, methods, strict=True):
+        unique = methods.count(method) == 1
+        label = method if unique else f"{method} ({_telling_name(folder, folders)})"
+        tests = read_json(folder / CROSS_SITE) if (folder / CROSS_SITE).exists() else {}
+        tests = {model: {site: m for site, m in sites.items() if site != MEAN} for model, sites in tests.items()}
+        runs.append(Run(label, folder, info, _history(folder), tests))
+    return runs
+
+
+def _history(folder: Path) -> list[tuple[int, str, str, float]]:
+    try:
+        return read_history(folder)
+    except ValueError as error:  # a cell that is not a number, a row of another length, bytes that are not text
+        raise UserError(f"{folder / HISTORY} is damaged ({error}): delete it or restore it") from error
+
+
+def _telling_name(folder: Path, folders: Sequence[Path]) -> str:
+    """The first folder name from the end of the path that tells these runs apart."""
+    parts = [other.resolve().parts[::-1] for other in folders]
+    mine = folder.resolve().parts[::-1]
+    for level, name in enumerate(mine):
+        if sum(len(other) > level and other[level] == name for other in parts) == 1:
+            return name
+    return str(folder)

@@ -1,0 +1,127 @@
+"""The optimiser steps of one local epoch, with a guard against steps that are not finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from heterosync.errors import UserError
+from heterosync.training.augment import augment, draw_augmentation
+from heterosync.training.batches import Batch, EpochPlan, batch_bounds
+from heterosync.training.feed import Feed
+from heterosync.training.learner import Learner
+from heterosync.training.precision import autocast
+from heterosync.training.seeds import seed_of, stream
+from heterosync.training.settings import TrainingSettings
+
+#: this many steps in a row without a finite loss and gradient end the training
+MAX_SKIPPED = 5
+
+
+def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """Adam, AdamW or plain SGD over all parameters, as the settings say."""
+    parameters = list(model.parameters())
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+
+
+@dataclass(frozen=True)
+class EpochOutcome:
+    loss: float  # mean over the items of the applied steps
+    steps: int
+    skipped: int
+
+
+class _Buffers:
+    """The model's buffers before a step: a forward pass moves BatchNorm's statistics also when the step is skipped."""
+
+    def __init__(self, model: nn.Module):
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self._pairs = [(own, [buffer.clone() for buffer in own]) for own in by_type.values()]
+
+    def keep(self) -> None:
+        for own, kept in self._pairs:
+            torch._foreach_copy_(kept, own)  # one call per type: a ResNet has 60 small buffers
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for own, kept in self._pairs:
+                torch._foreach_copy_(own, kept)
+
+
+@dataclass
+class Steps:
+    """Runs epochs of one site; `where` names it in errors."""
+
+    learner: Learner
+    model: nn.Module
+    site: str
+    primary: Feed
+    anchor: Feed | None
+    device: torch.device
+    precision: str
+
+    def run(self, plan: EpochPlan, optimizer: torch.optim.Optimizer, round_: int, epoch: int) -> EpochOutcome:
+        """One pass over `plan`; dropout and augmentation draw from streams of (seed, site, round, epoch) alone."""
+        settings = self.learner.training
+        key = (settings.seed, self.site, round_, epoch)
+        torch.manual_seed(seed_of(*key, "dropout"))
+        draws = {half: draw_augmentation(len(plan), stream(*key, "augment", half)) for half in ("primary", "anchor")}
+        self.model.train()
+        buffers = _Buffers(self.model)
+        total, items, steps, skipped, in_a_row = 0.0, 0, 0, 0, 0
+        for start, stop in batch_bounds(len(plan), settings.batch_size):
+            part = slice(start, stop)
+            batch = self._batch(plan, part, draws if settings.augment else None)
+            loss = self._step(batch, optimizer, buffers)
+            if loss is None:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                if in_a_row >= MAX_SKIPPED:
+                    raise self._diverged(round_, f"{in_a_row} steps in a row")
+                continue
+            total, items, steps, in_a_row = total + loss * (stop - start), items + stop - start, steps + 1, 0
+        if not steps:
+            raise self._diverged(round_, "every step of an epoch")
+        return EpochOutcome(total / items, steps, skipped)
+
+    def _batch(self, plan: EpochPlan, part: slice, draws: dict | None) -> Batch:
+        def half(feed: Feed, rows, name: str) -> tuple[Tensor, Tensor]:
+            images = feed.batch(rows[part])
+            if draws is not None:
+                angles, flips = draws[name]
+                images = augment(images, angles[part], flips[part])
+            return images.contiguous(memory_format=torch.channels_last), feed.labels(rows[part])
+
+        first = half(self.primary, plan.primary, "primary")
+        if plan.anchor is None or self.anchor is None:
+            return Batch(*first)
+        return Batch(*first, *half(self.anchor, plan.anchor, "anchor"))
+
+    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, buffers: _Buffers) -> float | None:
+        """One optimiser step; its loss, or None when loss or gradient were not finite: the model is then as before."""
+        buffers.keep()
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            loss = self.learner.loss(self.model, batch)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        value, size = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        if not (abs(value) < float("inf") and size < float("inf")):  # also false for NaN
+            buffers.restore()
+            return None
+        optimizer.step()
+        return value
+
+    def _diverged(self, round_: int, what: str) -> UserError:
+        lr = self.learner.training.lr
+        return UserError(
+            f"site {self.site}, round {round_}: {what} had no finite loss or gradient; "
+            f"lower training setting 'lr' ({lr}) or set 'precision' to float32"
+        )

@@ -1,0 +1,23 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from toys import SMOKE, toy_alliance
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def smoke() -> dict:
+    return dict(SMOKE)
+
+
+@pytest.fixture(scope="session")
+def alliance(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three toy sites, shared by the tests that only read them."""
+    return toy_alliance(tmp_path_factory.mktemp("alliance"), 3)

@@ -1,0 +1,176 @@
+"""The controller with played sites: order of the tasks, choice of the best model, and how it stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from nvflare.apis.shareable import Shareable
+
+from flare_toys import FakeFederation, plain_site
+from heterosync.federation.modelfile import load_model
+from heterosync.flare import messages
+
+SITES = ["site-a", "site-b", "site-c"]
+
+
+def scripted(aucs: list[float]):
+    """Sites whose AUC of the model after r rounds is aucs[r], and whose weights after training are all r + 1."""
+
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        if task == messages.VALIDATE and message.get_header(messages.SPLIT) == "validation":
+            return plain_site(name, task, round_, message, auc=aucs[-1])
+        if task != messages.TRAIN:
+            return plain_site(name, task, round_, message)
+        tensors, _ = messages.open_message(message)
+        moved = {key: torch.full_like(value, round_ + 1) for key, value in tensors.items()}
+        fields = {"method": "hsl", "round": round_, "samples": 10}
+        return messages.tensors_message(moved, {**fields, "metrics": {"val_auc_received": aucs[round_]}})
+
+    return site
+
+
+def value_of(path: Path) -> float:
+    return (
+        float(load_model(path).state["gates.0.weight"].mean())
+        if "gates.0.weight" in load_model(path).state
+        else float(next(iter(load_model(path).state.values())).float().mean())
+    )
+
+
+@pytest.mark.parametrize(
+    ("aucs", "best"),
+    [
+        ([0.9, 0.6, 0.8, 0.7], 2),  # model 0, the initial one, is never best
+        ([0.5, 0.6, 0.7, 0.8], 3),  # the last fusion counts
+        ([0.5, 0.8, 0.7, 0.8], 3),  # ties go to the later
+        ([0.5, 0.8, 0.7, 0.6], 1),
+    ],
+)
+def test_the_best_model_is_chosen_over_all_rounds_and_the_last_fusion(
+    tmp_path: Path, aucs: list[float], best: int
+) -> None:
+    run = FakeFederation(tmp_path, SITES, scripted(aucs), training={"rounds": 3}).play()
+    assert run.reasons == []
+    assert run.asked == [("check_in", 0), ("train", 0), ("train", 1), ("train", 2)] + [("validate", 3)] * 3
+    assert run.read("run.json")["best_round"] == best
+    assert value_of(tmp_path / "best_model.pt") == best and load_model(tmp_path / "best_model.pt").round == best
+    assert value_of(tmp_path / "last_model.pt") == 3
+    assert sorted(run.read("cross_site_metrics.json")) == ["best", "last"]
+    assert load_model(tmp_path / "last_model.pt").labels == ("normal", "abnormal")
+
+
+def test_early_stop_ends_the_rounds_and_the_job_is_completed(tmp_path: Path) -> None:
+    training = {"rounds": 9, "early_stop": True, "plateau_count": 2, "plateau_gain": 0.01}
+    run = FakeFederation(tmp_path, SITES, scripted([0.5, 0.7] + [0.7] * 9), training=training).play()
+    rounds = [round_ for task, round_ in run.asked if task == "train"]
+    assert run.reasons == [] and rounds == [0, 1, 2, 3]  # models 2 and 3 gained nothing over the one before
+    assert run.read("run.json")["status"] == "completed" and run.read("run.json")["plateau_round"] == 3
+
+
+def test_equal_fusion_over_the_sites(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        reply = plain_site(name, task, round_, message)
+        if task != messages.TRAIN:
+            return reply
+        tensors, fields = messages.open_message(reply)
+        moved = {key: torch.full_like(value, SITES.index(name)) for key, value in tensors.items()}
+        return messages.tensors_message(moved, {**fields, "samples": 10 ** SITES.index(name)})
+
+    run = FakeFederation(tmp_path, SITES, site, training={"rounds": 1}).play()
+    assert run.reasons == [] and value_of(tmp_path / "last_model.pt") == 1.0
+
+
+def one_fails(which: str, reply) -> object:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable | None:
+        if name == which and task == messages.TRAIN and round_ == 1:
+            return reply() if callable(reply) else reply
+        return plain_site(name, task, round_, message)
+
+    return site
+
+
+@pytest.mark.parametrize("reply", [lambda: messages.refusal("died"), None, lambda: messages.tensors_message({})])
+def test_a_missing_contribution_stops_a_job_that_needs_all(tmp_path: Path, reply) -> None:
+    run = FakeFederation(tmp_path, SITES, one_fails("site-b", reply), training={"rounds": 3}).play()
+    (reason,) = run.reasons
+    assert reason.startswith("round 1: fewer than the 3 sites") and "site site-b: " in reason and "\n" not in reason
+    assert [task for task, _ in run.asked] == ["check_in", "train", "train"]
+    record = run.read("run.json")
+    assert record["status"] == f"failed: {reason}" and len(record["rounds"]) == 1
+    assert load_model(tmp_path / "last_model.pt").round == 1  # the last good model is kept
+
+
+@pytest.mark.parametrize("reply", [lambda: messages.refusal("mend"), None, lambda: messages.tensors_message({})])
+def test_a_job_that_needs_two_goes_on_and_says_who_was_missing(tmp_path: Path, reply) -> None:
+    run = FakeFederation(tmp_path, SITES, one_fails("site-b", reply), min_clients=2, training={"rounds": 3}).play()
+    assert run.reasons == []
+    rounds = run.read("run.json")["rounds"]
+    assert [r["contributors"] for r in rounds] == [SITES, ["site-a", "site-c"], SITES]
+    assert list(rounds[1]["refused"]) == ["site-b"] and rounds[1]["refused"]["site-b"]
+    assert rounds[0]["refused"] == {} == rounds[2]["refused"]
+
+
+def test_anchors_that_differ_stop_the_job_before_round_0(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        digest = ("f" if name == "site-b" else "0") * 64
+        return plain_site(name, task, round_, message, **({"anchor_digest": digest} if task == "check_in" else {}))
+
+    run = FakeFederation(tmp_path / "a", SITES, site).play()
+    assert [task for task, _ in run.asked] == ["check_in"]
+    assert "site-b" in run.reasons[0] and "anchor" in run.reasons[0] and "site-c" not in run.reasons[0]
+    assert FakeFederation(tmp_path / "b", SITES, site, anchors_may_differ=True).play().reasons == []
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ({"method_settings": {"temprature": 3}}, "did you mean 'temperature'"),
+        ({"training": {"rounds": "many"}}, "rounds"),
+        ({"training": {"speed": 2}}, "speed"),
+        ({"method": "hls"}, "did you mean 'hsl'"),
+        ({"min_clients": 4}, "min_clients is 4"),
+    ],
+)
+def test_wrong_settings_stop_the_job_with_one_line(tmp_path: Path, args: dict, text: str) -> None:
+    run = FakeFederation(tmp_path, SITES, **args).play()
+    assert text in run.reasons[0] and "\n" not in run.reasons[0] and run.asked == []
+
+
+def test_a_single_site_is_no_federation(tmp_path: Path) -> None:
+    assert "at least 2" in FakeFederation(tmp_path, ["site-a"]).play().reasons[0]
+
+
+def test_local_learning_needs_no_model_at_the_server(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        assert messages.open_message(message)[0] == {}
+        return plain_site(name, task, round_, message, method="local")
+
+    run = FakeFederation(tmp_path, SITES, site, method="local").play()
+    assert run.reasons == [] and [task for task, _ in run.asked] == ["check_in", "train", "train", "validate"]
+    assert list(run.read("cross_site_metrics.json")) == ["local"] and not list(tmp_path.glob("*.pt"))
+
+
+def test_the_model_is_not_copied_for_the_broadcast(tmp_path: Path) -> None:
+    seen = set()
+
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        if task == messages.TRAIN and round_ == 0:
+            seen.add(next(iter(messages.open_message(message)[0].values())).data_ptr())
+        return plain_site(name, task, round_, message)
+
+    run = FakeFederation(tmp_path, SITES, site)
+    run.play()
+    assert len(seen) == 1
+
+
+def test_an_abort_is_recorded(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        if task == messages.TRAIN and round_ == 1:
+            run.abort_signal.trigger(True)
+        return plain_site(name, task, round_, message)
+
+    run = FakeFederation(tmp_path, SITES, site, training={"rounds": 3})
+    run.play()
+    assert run.reasons == [] and run.read("run.json")["status"].startswith("stopped")

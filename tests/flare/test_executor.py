@@ -1,0 +1,115 @@
+"""The executor with a real site in this process: what it answers, and what it never tells the server."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+from nvflare.app_common.app_constant import AppConstants
+
+from flare_toys import fake_context
+from heterosync.errors import TrainerDied
+from heterosync.federation.initial import initial_state
+from heterosync.flare import messages
+from heterosync.flare.executor import DATA_ROOT, HeteroSyncExecutor
+from heterosync.methods import make_method
+from heterosync.training.settings import TrainingSettings
+from toys import SMOKE, toy_site
+
+
+def ask(executor: HeteroSyncExecutor, context, task: str, message: Shareable, round_: int = 0, **headers) -> Shareable:
+    message.set_header(AppConstants.CURRENT_ROUND, round_)
+    for name, value in headers.items():
+        message.set_header(name, value)
+    return executor.execute(task, message, context, Signal())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    return toy_site(tmp_path / "data" / "site-a")
+
+
+def test_the_three_tasks(tmp_path: Path, site: Path) -> None:
+    context = fake_context(tmp_path / "run", **{FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(site)}})
+    executor = HeteroSyncExecutor("hsl", {}, SMOKE, in_process=True)
+    report = messages.open_message(ask(executor, context, "check_in", messages.scalars_message({})))[1]
+    assert report["site"] == "site-a" and len(report["anchor_digest"]) == 64
+    state = initial_state(make_method("hsl", None, TrainingSettings.from_dict(SMOKE)))
+    tensors, fields = messages.open_message(ask(executor, context, "train", messages.tensors_message(state), 1))
+    assert list(tensors) == list(state) and fields["round"] == 1 and fields["samples"] == 24
+    assert context.get_prop(messages.ROUND) == 1
+    headers = {messages.SPLIT: "test", messages.MODEL: "best"}
+    metrics = messages.open_message(ask(executor, context, "validate", messages.tensors_message(state), 2, **headers))[
+        1
+    ]
+    assert metrics["n"] == 12 and 0 <= metrics["auc"] <= 1
+    assert (tmp_path / "run" / "heterosync" / "results" / "predictions.csv").exists()
+    # another executor on the same run folder, as when the simulator has few threads, goes on where this one stopped
+    again = HeteroSyncExecutor("hsl", {}, SMOKE, in_process=True)
+    repeated, _ = messages.open_message(ask(again, context, "train", messages.tensors_message(state), 1))
+    assert all(torch.equal(repeated[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("props", "task", "settings", "reason", "logged"),
+    [
+        ({DATA_ROOT: "/data/patient-4711"}, "check_in", {}, "mend", "data folder"),
+        ({}, "check_in", {"temprature": 3}, "mend", "temperature"),
+        ({}, "submit_model", {}, "mend", "submit_model"),
+        ({}, "train", {}, "defect", "no data exchange object"),
+    ],
+)
+def test_failures_name_a_reason_and_nothing_else(
+    tmp_path: Path, site: Path, caplog, props: dict, task: str, settings: dict, reason: str, logged: str
+) -> None:
+    context = fake_context(tmp_path / "run", **{FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(site), **props}})
+    executor = HeteroSyncExecutor("hsl", settings, SMOKE, in_process=True)
+    with caplog.at_level(logging.INFO):
+        reply = ask(executor, context, task, Shareable())
+    assert reply.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert reply.get_header(messages.REASON) == reason
+    assert set(reply["__headers__"]) == {"__rc__", messages.REASON} and set(reply) == {"__headers__"}
+    assert logged in caplog.text and messages.PROBLEM in caplog.text
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]  # FLARE would stream these to the server
+
+
+class Dying:
+    """A trainer that dies a number of times."""
+
+    def __init__(self, deaths: int):
+        self.deaths, self.calls, self.closed = deaths, 0, 0
+
+    def check_in(self) -> dict:
+        self.calls += 1
+        if self.calls <= self.deaths:
+            raise TrainerDied("site site-a: trainer ended by SIGKILL")
+        return {"site": "site-a"}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("deaths", "code"), [(0, ReturnCode.OK), (1, ReturnCode.OK), (2, ReturnCode.EXECUTION_EXCEPTION)]
+)
+def test_a_dead_trainer_gets_a_second_chance(tmp_path: Path, monkeypatch, deaths: int, code: str) -> None:
+    trainer = Dying(deaths)
+    executor = HeteroSyncExecutor("hsl", {}, SMOKE)
+    monkeypatch.setattr(executor, "_make_trainer", lambda context: trainer)
+    reply = ask(executor, fake_context(tmp_path), "check_in", messages.scalars_message({}))
+    assert reply.get_return_code() == code and trainer.closed == min(deaths, 2)
+    if deaths == 2:
+        assert messages.failure_of(reply) == messages.REASONS["died"]
+
+
+def test_an_aborted_task_ends_quietly(tmp_path: Path, monkeypatch) -> None:
+    executor, signal = HeteroSyncExecutor("hsl", {}, SMOKE), Signal()
+    signal.trigger(True)
+    monkeypatch.setattr(executor, "_make_trainer", lambda context: Dying(9))
+    reply = executor.execute("check_in", messages.scalars_message({}), fake_context(tmp_path), signal)
+    assert reply.get_return_code() == ReturnCode.TASK_ABORTED

@@ -1,0 +1,100 @@
+"""The job builder, the committed job folders and the list of allowed classes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from nvflare.fuel.utils.zip_utils import zip_directory_to_bytes
+from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
+
+from heterosync.flare import allowlist
+from heterosync.flare.job import JobOptions, build_job, export_all, read_learning
+from heterosync.methods import method_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(folder: Path) -> dict[str, str]:
+    found = {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.is_file()}
+    return {name: text for name, text in found.items() if not Path(name).name.startswith(".__nvfl_")}
+
+
+def test_committed_jobs_equal_what_the_builder_writes(tmp_path: Path) -> None:
+    export_all(tmp_path)
+    assert sorted(p.name for p in (ROOT / "jobs").iterdir() if p.is_dir()) == sorted(method_names())
+    for name in method_names():
+        assert files(ROOT / "jobs" / name) == files(tmp_path / name), f"run `heterosync job export {name}`"
+
+
+def test_jobs_hold_configuration_only_and_name_exact_classes() -> None:
+    allowed = set(allowlist.class_allow_list())
+    for name in method_names():
+        folder = ROOT / "jobs" / name
+        assert set(files(folder)) == {
+            "README.md",
+            "meta.json",
+            "app/config/config_fed_client.json",
+            "app/config/config_fed_server.json",
+        }
+        named = set()
+        for side in ("client", "server"):
+            text = (folder / "app" / "config" / f"config_fed_{side}.json").read_text()
+            named |= set(re.findall(r'"path": "([^"]+)"', text))
+        assert named <= allowed and {c for c in named if c.startswith("heterosync")} == set(allowlist.OUR_CLASSES)
+
+
+def test_flare_accepts_the_jobs(tmp_path: Path) -> None:
+    build_job("hsl", tmp_path / "hsl", JobOptions(sites=("site-a", "site-b"), min_clients=2))
+    for folder in (ROOT / "jobs" / "hsl", ROOT / "jobs" / "local", tmp_path / "hsl"):
+        valid, error, meta = JobMetaValidator().validate(folder.name, zip_directory_to_bytes("", str(folder)))
+        assert valid, error
+    assert meta["mandatory_clients"] == ["site-a", "site-b"] and meta["min_clients"] == 2
+
+
+def test_every_allowed_class_exists() -> None:
+    for path in allowlist.OUR_CLASSES:
+        module, name = path.rsplit(".", 1)
+        assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_simulator_resources_are_flares_defaults_and_ours() -> None:
+    committed = json.loads((ROOT / "poc" / "simulator" / "local" / "resources.json").read_text())
+    assert committed == allowlist.simulator_resources()
+    assert committed["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, *allowlist.OUR_CLASSES]
+    assert not any(entry.endswith(".") for entry in committed["class_allow_list"])
+
+
+def test_the_readme_says_what_a_reviewer_asks(tmp_path: Path) -> None:
+    text = (build_job("hsl", tmp_path / "hsl") / "README.md").read_text()
+    for part in (
+        "W1: all tensors",
+        "90.6 MiB per site and round",
+        "nvflare simulator jobs/hsl -w poc/simulator",
+        "nvflare job submit -j jobs/hsl",
+        "audit.jsonl",
+        "20 rounds of 5 local epochs",
+    ):
+        assert part in text
+    assert "no tensor leaves or enters a site" in (build_job("local", tmp_path / "l") / "README.md").read_text()
+
+
+def test_settings_reach_every_component_alike(tmp_path: Path) -> None:
+    options = JobOptions(rounds=3, training={"lr": 0.01}, method_settings={"temperature": 2.0}, in_process=True)
+    job = build_job("hsl", tmp_path / "job", options)
+    expected = {"method": "hsl", "method_settings": {"temperature": 2.0}, "training": {"lr": 0.01, "rounds": 3}}
+    assert read_learning(job) == expected
+    client = json.loads((job / "app/config/config_fed_client.json").read_text())
+    server = json.loads((job / "app/config/config_fed_server.json").read_text())
+    assert client["executors"][0]["executor"]["args"] == {**expected, "in_process": True}
+    assert client["task_result_filters"][0]["filters"][0]["args"] == expected
+    assert server["components"][0]["args"] == expected
+
+
+@pytest.mark.parametrize("name", ["hsl", "local"])
+def test_an_export_is_the_same_every_time(tmp_path: Path, name: str) -> None:
+    assert files(build_job(name, tmp_path / "a" / name)) == files(build_job(name, tmp_path / "b" / name))

@@ -1,0 +1,76 @@
+"""What a release is made of: the wheel with its data files, the pinned set, the citation."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import heterosync
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Built from a copy, so that nothing is left in the work tree, and without the network."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "custom", source / "custom", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("heterosync-*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_wheel_holds_every_module_and_data_file(wheel):
+    inside = {name for name in wheel.namelist() if name.startswith("heterosync/")}
+    root = ROOT / "custom"
+    wanted = {
+        path.relative_to(root).as_posix()
+        for path in (root / "heterosync").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert inside == wanted
+    assert "heterosync/py.typed" in inside and "heterosync/data/scenarios/combined.csv" in inside
+
+
+def test_wheel_has_the_command_and_the_licence(wheel):
+    names = {name.split("/", 1)[1]: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert "heterosync = heterosync.cli:main" in wheel.read(names["entry_points.txt"]).decode()
+    assert "Apache License" in wheel.read(names["licenses/LICENSE"]).decode()
+    metadata = wheel.read(names["METADATA"]).decode()
+    assert f"Version: {heterosync.__version__}" in metadata and "License-Expression: Apache-2.0" in metadata
+
+
+def test_every_dependency_is_pinned_in_the_tried_set():
+    text = (ROOT / "pyproject.toml").read_text()
+    wanted = set(re.findall(r'^    "([a-z0-9-]+)>=', text, re.MULTILINE))
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split(";")[0].strip().split("==")
+            pinned[name] = version
+    assert {"nvflare", "torch", "monai"} <= wanted <= set(pinned)
+    assert (pinned["torch"], pinned["torchvision"]) == ("2.15.0", "0.29.2")
+    assert pinned["nvflare"].startswith("2.9.")
+
+
+def test_citation_names_both_papers_and_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {paper["doi"] for paper in citation["references"]} == {"10.1038/s41467-025-64459-y", "10.1093/jamia/ocaa341"}
+    assert citation["version"] == heterosync.__version__
+
+
+def test_continuous_integration_runs_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "make test" in script.read_text()
