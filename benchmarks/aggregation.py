@@ -1,5 +1,7 @@
 """(c) Aggregator: time and peak memory for 5 and 50 contributions, against FLARE's in-time weighted aggregator.
 
+Both sides are FLARE aggregators that get `Shareable`s with a DXO and give one back.
+
 Every case runs in a process of its own, so that its peak of resident memory is its own. The contributions are made
 one at a time, outside the clock; the baseline is the memory before the first one is made, so the contribution that
 has just arrived counts on both sides.
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,12 +39,35 @@ def _state(seed: int, megabytes: int) -> dict[str, np.ndarray]:
 
 
 def _ours(megabytes: int, spill: Path) -> tuple[Callable[[int, dict[str, np.ndarray]], None], Callable[[], Any]]:
-    from heterosync.federation.contribution import Contribution
-    from heterosync.federation.fusion import Fusion
+    from nvflare.apis.event_type import EventType
+    from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.app_common.abstract.model import make_model_learnable
+    from nvflare.app_common.app_constant import AppConstants
+    from nvflare.app_common.app_event_type import AppEventType
 
-    fusion = Fusion(_state(0, megabytes), "equal", "hsl", spill=spill)
-    fusion.start(0)
-    return lambda i, state: fusion.accept(Contribution(f"site-{i:02d}", "hsl", 0, state, {}, 100)), fusion.result
+    from heterosync.flare import messages
+    from heterosync.flare.aggregator import EqualWeightAggregator
+
+    context = FLContext()
+    workspace = SimpleNamespace(get_run_dir=lambda job: str(spill))  # all that the aggregator asks of its surroundings
+    engine = SimpleNamespace(get_workspace=lambda: workspace)
+    context.set_prop(ReservedKey.ENGINE, engine, private=True, sticky=False)
+    context.set_prop(FLContextKey.CURRENT_RUN, "job", private=False, sticky=False)
+    context.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(_state(0, megabytes), {}))
+    context.set_prop(AppConstants.CURRENT_ROUND, 0)
+    aggregator = EqualWeightAggregator("hsl")
+    aggregator.handle_event(EventType.START_RUN, context)
+    aggregator.handle_event(AppEventType.ROUND_STARTED, context)
+
+    def accept(i: int, state: dict[str, np.ndarray]) -> None:
+        share = messages.tensors_message(state, {"method": "hsl", "round": 0, "samples": 100, "metrics": {}})
+        share.set_peer_props({ReservedKey.IDENTITY_NAME: f"site-{i:02d}"})
+        share.add_cookie(AppConstants.CONTRIBUTION_ROUND, 0)
+        if not aggregator.accept(share, context):
+            raise RuntimeError(f"our aggregator refused a contribution: {aggregator.refused}")
+
+    return accept, lambda: aggregator.aggregate(context)
 
 
 def _stock(megabytes: int, spill: Path) -> tuple[Callable[[int, dict[str, np.ndarray]], None], Callable[[], Any]]:

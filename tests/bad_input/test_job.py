@@ -28,6 +28,8 @@ from toys import SMOKE, toy_alliance
         ({"in_process": "yes"}, "in_process: 'yes' is not true or false"),
         ({"training": []}, "training: [] is not a table"),
         ({"min_client": 2}, "did you mean 'min_clients'"),
+        ({"start_round": 1}, "job option 'start_round' is not known"),
+        ({"source": "m.pt"}, "job option 'source' is not known"),
         ({"training": {"epochs": 3}}, "epochs"),
         ({"training": {"lr": "fast"}}, "lr"),
         ({"training": {"lr": -1.0}}, "lr"),
@@ -85,6 +87,10 @@ def test_a_simulation_never_empties_a_folder_of_somebody_else(ready: dict, tmp_p
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="thesis.txt"):
         simulate(**{**ready, "workspace": tmp_path})
+    (tmp_path / "thesis.txt").rename(tmp_path / "results")  # the name of one of our own folders does not make it ours
+    with pytest.raises(UserError, match="results"):
+        simulate(**{**ready, "workspace": tmp_path})
+    (tmp_path / "results").rename(tmp_path / "thesis.txt")
     with pytest.raises(UserError, match="lies in the workspace"):
         simulate(**{**ready, "workspace": ready["data"].parent})
     assert (tmp_path / "thesis.txt").read_text() == "precious"

@@ -153,3 +153,25 @@ def test_byoc_packs_the_package(tmp_path):
     packed = tmp_path / "local" / "app" / "custom" / "heterosync"
     assert (packed / "flare" / "executor.py").is_file() and (packed / "py.typed").is_file()
     assert not list(packed.rglob("__pycache__"))
+
+
+def test_an_export_without_byoc_removes_the_code_and_the_readme_tells_which(tmp_path):
+    export = ["job", "export", "local", "--out", str(tmp_path)]
+    readme = tmp_path / "local" / "README.md"
+    assert main([*export, "--byoc"]) == 0
+    assert "no Python travels" not in readme.read_text() and "brings Python code along" in readme.read_text()
+    assert main(export) == 0
+    assert not (tmp_path / "local" / "app" / "custom").exists()
+    assert "no Python travels" in readme.read_text()
+
+
+def test_simulate_takes_the_sites_that_its_help_names(tmp_path, capsys):
+    from heterosync.cli.run import sites_in
+
+    for site in ("site-b", "site-a", "unseen"):
+        (tmp_path / site).mkdir()
+        (tmp_path / site / "site.yaml").write_text("")
+    assert sites_in(tmp_path) == ["site-a", "site-b"]
+    assert main(["simulate", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "unseen" in text and "anchor" not in text  # local learning needs none

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torchvision.models import resnet18
 from heterosync.errors import UserError
 from heterosync.federation.checkin import compare, model_hash, versions
 from heterosync.federation.initial import initial_state, state_hash
-from heterosync.federation.modelfile import load_model, save_model
+from heterosync.federation.modelfile import keep_as_best, load_model, save_model
 from heterosync.federation.results import RunRecorder, read_history
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.methods import make_method
@@ -32,6 +33,22 @@ def saved(path: Path, smoke: dict, **changes) -> dict[str, torch.Tensor]:
     options = {"labels": ("normal", "abnormal"), "round_": 7, "extra": {"partners": torch.zeros(2, 3, 32, 32).byte()}}
     save_model(path, "hsl", method.settings, method.training, {**state, **changes}, **options)
     return state
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_model_is_the_last_one_of_its_time(tmp_path: Path, monkeypatch, links: bool) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    last, best = tmp_path / "last_model.pt", tmp_path / "best_model.pt"
+    for round_ in (1, 2):
+        save_model(last, "local", {}, {}, {"w": torch.tensor([float(round_)])}, round_=round_)
+        keep_as_best(last, best)
+        assert load_model(best).round == round_ and last.samefile(best) == links
+    save_model(last, "local", {}, {}, {}, round_=3)
+    assert load_model(best).round == 2 and sorted(tmp_path.iterdir()) == [best, last]
 
 
 def test_a_model_file_gives_back_what_was_saved(tmp_path: Path, smoke: dict) -> None:

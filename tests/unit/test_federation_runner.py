@@ -326,8 +326,9 @@ def test_local_learning_resumes_and_tests_each_sites_best_round(tmp_path: Path) 
     assert again.metrics == whole.metrics
     assert history_without_seconds(tmp_path / "two") == history_without_seconds(tmp_path / "one")
     scores = {row[0]: row[3] for row in read_history(tmp_path / "one") if row[2] == "val_auc_best"}
-    own = torch.load(tmp_path / "one/sites/site-a/own_best.pt", weights_only=True)
-    assert own["round"] == max(scores, key=lambda round_: (scores[round_], round_))
+    own = load_model(tmp_path / "one/sites/site-a/own_best.pt", "local")
+    assert own.labels == ("normal", "abnormal") and own.training["rounds"] == 3
+    assert own.round == 1 + max(scores, key=lambda round_: (scores[round_], round_))
 
 
 # -- sites -------------------------------------------------------------------------------------------------------------

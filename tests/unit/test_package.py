@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -59,9 +60,32 @@ def test_every_dependency_is_pinned_in_the_tried_set():
         if line and not line.startswith("#"):
             name, version = line.split(";")[0].strip().split("==")
             pinned[name] = version
-    assert {"nvflare", "torch", "monai"} <= wanted <= set(pinned)
+    assert {"nvflare", "torch", "psutil"} <= wanted <= set(pinned)
     assert (pinned["torch"], pinned["torchvision"]) == ("2.15.0", "0.29.2")
     assert pinned["nvflare"].startswith("2.9.")
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    tree = (node for file in (ROOT / "custom").rglob("*.py") for node in ast.walk(ast.parse(file.read_text())))
+    imported = set()
+    for node in tree:
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            imported.add(node.module.split(".")[0])
+    imported -= {*sys.stdlib_module_names, "heterosync"}
+    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+    declared = set(re.findall(r'^    "([a-z0-9-]+)>=', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    # scikit-learn is what the tests compare the package's own metrics with
+    assert {names.get(name, name) for name in imported} | {"scikit-learn"} == declared
+
+
+def test_the_readme_names_what_leaves_a_site_besides_weights():
+    text = (ROOT / "README.md").read_text()
+    section = text.split("## What leaves a site")[1].split("\n## ")[0]
+    for part in ("n_positive", "W2", "split sizes", "precision", "initial weights"):
+        assert part in section, part
+    assert "cannot yet withhold single metrics" in text.split("## Limits")[1]
 
 
 def test_citation_names_both_papers_and_this_version():

@@ -13,6 +13,7 @@ from heterosync.cli import main
 from heterosync.data.dataset import load_site
 from heterosync.errors import UserError
 from heterosync.federation.modelfile import load_model
+from heterosync.federation.runner import run_inprocess
 from heterosync.study.export import export_model
 from heterosync.study.partners import embed_partners
 from heterosync.study.predict import open_source, predict
@@ -107,6 +108,19 @@ def test_a_method_of_one_image_ignores_the_partner(tmp_path, pictures, monkeypat
     assert np.array_equal(predict(path, pictures).probabilities, predict(path, pictures, "self").probabilities)
     with pytest.raises(UserError, match="needs no partner"):
         embed_partners(path, pictures)
+
+
+@pytest.mark.parametrize("network", ["classifier", "mmoe"])
+def test_a_sites_own_model_predicts_what_the_site_computed(alliance, tmp_path, network):
+    run_inprocess("local", {"site-a": alliance["site-a"]}, tmp_path / "run", {"network": network}, SMOKE)
+    work = tmp_path / "run" / "sites" / "site-a"
+    words = [str(work / "own_best.pt"), str(alliance["site-a"]), "--out", str(tmp_path / "scores.csv")]
+    assert main(["predict", *words, "--partner", "self"]) == 0
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        scores = {row["image"]: float(row["probability"]) for row in csv.DictReader(file)}
+    with (work / "results" / "predictions.csv").open(newline="") as file:
+        tested = {row["id"]: float(row["probability"]) for row in csv.DictReader(file)}
+    assert tested == {name: pytest.approx(scores[name], abs=1e-5) for name in tested}
 
 
 def test_nothing_is_written_when_an_image_is_damaged(model, tmp_path, capsys):

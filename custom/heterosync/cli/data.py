@@ -199,4 +199,4 @@ def _synthetic(arguments: argparse.Namespace) -> None:
 
     sites = make_alliance(arguments.out, arguments.seed, arguments.image_size, arguments.scale)
     print(f"{arguments.out}: synthetic images for {', '.join(sites)}; test-only site: unseen")
-    print(f"next: `HETEROSYNC_DATA={arguments.out} heterosync simulate hsl`")
+    print(f"next: `HETEROSYNC_DATA={arguments.out} heterosync simulate jobs/hsl`")

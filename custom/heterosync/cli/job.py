@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +143,6 @@ def job_options(name: str, settings: dict[str, Any]) -> Any:
     return JobOptions(method_settings=sorted_["method"], training=sorted_["training"], **sorted_["job"])
 
 
-def pack_package(job: Path) -> None:
-    """Copy this package into the job's `app/custom`, for alliances whose sites let a job bring its own code (BYOC)."""
-    import heterosync
-    from heterosync.files import explained
-
-    target = job / "app" / "custom" / "heterosync"
-    with explained(target):
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(Path(heterosync.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
-
-
 def _export(arguments: argparse.Namespace) -> None:
     from heterosync.flare.job import build_job
     from heterosync.methods import method_names
@@ -168,7 +156,4 @@ def _export(arguments: argparse.Namespace) -> None:
     names = method_names() if arguments.all else [arguments.method]
     options = {name: job_options(name, settings) for name in names}  # all are checked before the first is written
     for name in names:
-        folder = build_job(name, arguments.out / name, options[name])
-        if arguments.byoc:
-            pack_package(folder)
-        print(folder)
+        print(build_job(name, arguments.out / name, options[name], arguments.byoc))

@@ -38,7 +38,10 @@ def register(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of site folders (default: HETEROSYNC_DATA)")
     parser.add_argument("--workspace", type=Path, metavar="DIR", help="default: runs/<name of the job>")
     parser.add_argument(
-        "--sites", type=names, metavar="A,B,…", help="default: every site folder in the data that has an anchor"
+        "--sites",
+        type=names,
+        metavar="A,B,…",
+        help="default: every site folder in the data but `unseen`, which is for tests",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="sites that train at the same time (default: all)"

@@ -1,8 +1,10 @@
-"""The file that holds a global model: a plain dictionary of tensors and values, safe to load, with its settings."""
+"""The file that holds a model, global or a site's own: a plain dictionary, safe to load, with its settings."""
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -26,11 +28,12 @@ INITIAL_WEIGHTS = "initial_weights"
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A global model and what is needed to use it.
+    """A model and what is needed to use it.
 
-    state: the shared tensors. labels: names of class 0 and 1. round: how many rounds made it. assets: further tensors
-    that predicting needs, such as the uint8 partner images (n, c, h, w) of the `sat_index` and `sat_mean` readings.
-    versions: of heterosync and torch, and under `initial_weights` what the first round started from.
+    state: the shared tensors, or all of a model that stays at its site. labels: names of class 0 and 1. round: how many
+    rounds made it. assets: further tensors, such as the uint8 partner images (n, c, h, w) that predicting needs for the
+    `sat_index` and `sat_mean` readings. versions: of heterosync and torch, and under `initial_weights` what the first
+    round started from.
     """
 
     method: str
@@ -47,7 +50,8 @@ class ModelFile:
         """The method and its model with these weights, in evaluation mode. Raises `UserError` where they misfit."""
         method = make_method(self.method, self.method_settings, TrainingSettings.from_dict(self.training))
         model = method.build_model(weights="none")  # its values are in this file
-        expected, own = set(method.shared_names(model)), model.state_dict()
+        own = model.state_dict()
+        expected = set(method.shared_names(model) or own)  # a model that never leaves its site is whole
         for kind, names in (("lacks", expected - set(self.state)), ("has unknown", set(self.state) - expected)):
             if names:
                 raise UserError(f"{self._name()}: {kind} tensor '{min(names)}' ({len(names)} in all): use a whole file")
@@ -122,6 +126,19 @@ def load_model(path: Path | str, method: str | None = None) -> ModelFile:
     if method is not None and model.method != method:
         raise UserError(f"model file {path} holds a model of method '{model.method}', not '{method}'")
     return model
+
+
+def keep_as_best(last: Path, best: Path) -> Path:
+    """Make `best` what `last` is now. Model files are replaced and never changed, so a second name for it will do."""
+
+    def link(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(last, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(last, temporary)
+
+    return write_with(best, link)
 
 
 def _made_here(training: Mapping[str, Any]) -> dict[str, str]:

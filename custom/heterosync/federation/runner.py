@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,12 @@ from heterosync.errors import HeteroSyncError, ProblemList, UserError
 from heterosync.federation import checkin
 from heterosync.federation.fusion import Fusion
 from heterosync.federation.initial import initial_state, state_hash
-from heterosync.federation.modelfile import INITIAL_WEIGHTS, load_model, save_model
+from heterosync.federation.modelfile import INITIAL_WEIGHTS, keep_as_best, load_model, save_model
 from heterosync.federation.results import RUN, RunRecorder, read_history
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.site import OWN_MODEL, SiteTrainer, difference
 from heterosync.federation.wire import WirePolicy, payload_bytes
-from heterosync.files import make_folder, read_json, write_with
+from heterosync.files import make_folder, read_json
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 
@@ -160,7 +157,7 @@ class _Run:
                 self.tell({"event": "site", "round": round_, "site": name, "metrics": contribution.metrics})
             aucs = {name: values.get("val_auc_received") for name, values in metrics.items()}
             if self.shares and self.board.add(round_, aucs):
-                self._keep_best()
+                keep_as_best(self.out / LAST_MODEL, self.out / BEST_MODEL)
             state = fusion.result()
             seconds = time.perf_counter() - began
             # First the record, then the model: a run cut off in between repeats the round, with the same outcome.
@@ -179,7 +176,7 @@ class _Run:
         aucs = {name: site.validate(state, "validation", "last").get("auc") for name, site in self.sites.items()}
         self.recorder.validation(self.done, aucs)
         if self.board.add(self.done, aucs):
-            self._keep_best()
+            keep_as_best(self.out / LAST_MODEL, self.out / BEST_MODEL)
         self.recorder.note(best_round=self.board.best, plateau_round=self.board.plateau)
         self._test("best", load_model(self.out / BEST_MODEL).state)
         self._test("last", state)
@@ -239,15 +236,3 @@ class _Run:
             round_,
             versions=self.origin,
         )
-
-    def _keep_best(self) -> None:
-        """`last_model.pt` is the best so far. It is replaced and never changed, so a second name for it will do."""
-
-        def link(temporary: Path) -> None:
-            with suppress(OSError):
-                temporary.unlink()
-                os.link(self.out / LAST_MODEL, temporary)
-                return
-            shutil.copyfile(self.out / LAST_MODEL, temporary)
-
-        write_with(self.out / BEST_MODEL, link)

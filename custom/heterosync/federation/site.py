@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,8 +20,9 @@ from heterosync.errors import ProblemList, UserError
 from heterosync.federation import checkin
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.initial import own_weights
+from heterosync.federation.modelfile import load_model, save_model
 from heterosync.federation.wire import WirePolicy, is_site_name, reportable
-from heterosync.files import make_folder, read_json, write_json, write_text, write_with
+from heterosync.files import make_folder, read_json, write_json, write_text
 from heterosync.methods import make_method
 from heterosync.training.checks import check_device
 from heterosync.training.evaluation import Evaluation
@@ -32,6 +34,9 @@ from heterosync.training.state import snapshot
 
 #: What local methods call a site's own model.
 OWN_MODEL = "local"
+
+#: A site's own best model in its work folder, and the name of its validation AUC (NaN: undefined) in that file.
+OWN_BEST, OWN_AUC = "own_best.pt", "validation_auc"
 
 #: Environment variable with the number of CPU threads of a trainer.
 THREADS = "HETEROSYNC_THREADS"
@@ -208,22 +213,31 @@ class SiteTrainer:
 
     def _keep_own_best(self, round_: int, value: float | None, state: Mapping[str, Tensor]) -> None:
         """Of the models that never leave, keep the one with the highest validation AUC (ties: the later round)."""
-        file = self.work / "own_best.pt"
+        file = self.work / OWN_BEST
         best = BestRound()
         if file.exists() and round_ > 0:
-            known = torch.load(file, weights_only=True, mmap=True)
-            best.update(known["round"], known["value"])
+            known = load_model(file, self.method.name)
+            auc = float(known.assets[OWN_AUC])
+            best.update(known.round - 1, None if math.isnan(auc) else auc)
         if best.update(round_, value):
-            content = {"round": round_, "value": value, "state": dict(state)}
-            write_with(file, lambda temporary: torch.save(content, temporary))
+            save_model(
+                file,
+                self.method.name,
+                self.method.settings,
+                self.method.training,
+                state,
+                self._trainer().data.labels,
+                round_ + 1,
+                {OWN_AUC: torch.tensor(math.nan if value is None else value, dtype=torch.float64)},
+            )
 
     def _evaluate_own(self, trainer: LocalTrainer, split: str) -> Evaluation:
-        file = self.work / "own_best.pt"
+        file = self.work / OWN_BEST
         if not file.exists():
             return trainer.evaluate(split)
         current = snapshot(trainer.model)
         try:
-            trainer.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state"])
+            trainer.model.load_state_dict(load_model(file, self.method.name).state)
             return trainer.evaluate(split)
         finally:
             trainer.model.load_state_dict(current)

@@ -1,15 +1,17 @@
-"""Job folders: configuration only, written by one builder from the table of methods, never copied or edited by hand."""
+"""Job folders: configuration (the package too where asked for), written by one builder, never edited by hand."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import heterosync
 from heterosync.errors import UserError, nearest
 from heterosync.federation.wire import is_site_name
-from heterosync.files import write_json, write_text
+from heterosync.files import explained, write_json, write_text
 from heterosync.flare import allowlist, messages
 from heterosync.flare.job_readme import readme
 from heterosync.methods import get_method, make_method, method_names
@@ -47,17 +49,13 @@ class JobOptions:
     anchors_may_differ: bool = False
     #: the server receives models into files: its memory does not grow with the number of sites
     uploads_to_disk: bool = True
-    #: first round, when a training goes on from a stored model (`source`)
-    start_round: int = 0
-    #: model file on the server's disk to start from
-    source: str = ""
     #: training settings that differ from the defaults (see `heterosync job describe`)
     training: dict[str, Any] = field(default_factory=dict)
     #: settings of the method that differ from the defaults
     method_settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("min_clients", "wait_after_min", "train_timeout", "task_timeout", "start_round"):
+        for name in ("min_clients", "wait_after_min", "train_timeout", "task_timeout"):
             _whole(name, getattr(self, name), least=0)
         if self.rounds is not None:
             _whole("rounds", self.rounds, least=1)
@@ -70,8 +68,6 @@ class JobOptions:
         for name in ("training", "method_settings"):
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"job option {name}: {getattr(self, name)!r} is not a table of settings")
-        if not isinstance(self.source, str):
-            raise UserError(f"job option source: {self.source!r} is not a path")
         if isinstance(self.sites, str) or not all(isinstance(site, str) for site in self.sites):
             raise UserError(f"job option sites: {self.sites!r} is not a list of site names")
         object.__setattr__(self, "sites", tuple(self.sites))
@@ -99,8 +95,11 @@ class JobOptions:
         return dict(self.training) if self.rounds is None else {**self.training, "rounds": self.rounds}
 
 
-def build_job(method: str, folder: Path | str, options: JobOptions | None = None) -> Path:
+def build_job(method: str, folder: Path | str, options: JobOptions | None = None, byoc: bool = False) -> Path:
     """Write the job folder of `method` at `folder`: meta.json, app/config/config_fed_{server,client}.json, README.md.
+
+    byoc: pack this package into `app/custom`, for alliances whose sites let a job bring its own code; without it, what
+    an earlier job of that kind left there is removed.
 
     Every setting is checked before anything is written. Raises `UserError`.
     """
@@ -112,8 +111,18 @@ def build_job(method: str, folder: Path | str, options: JobOptions | None = None
     config = folder / APP / "config"
     write_json(config / "config_fed_server.json", server_config(method, options))
     write_json(config / "config_fed_client.json", client_config(method, options))
-    write_text(folder / "README.md", readme(made, options))
+    write_text(folder / "README.md", readme(made, options, byoc))
+    _pack_package(folder / APP / "custom", byoc)
     return folder
+
+
+def _pack_package(custom: Path, byoc: bool) -> None:
+    with explained(custom):
+        if custom.exists():
+            shutil.rmtree(custom)
+        if byoc:
+            package = Path(heterosync.__file__).parent
+            shutil.copytree(package, custom / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def export_all(folder: Path | str, options: JobOptions | None = None) -> list[Path]:
@@ -138,11 +147,7 @@ def server_config(method: str, options: JobOptions) -> dict[str, Any]:
         "task_data_filters": [],
         "task_result_filters": [],
         "components": [
-            {
-                "id": "persistor",
-                "path": allowlist.PERSISTOR,
-                "args": {**_learning(method, options), **({"source": options.source} if options.source else {})},
-            },
+            {"id": "persistor", "path": allowlist.PERSISTOR, "args": _learning(method, options)},
             {"id": "shareable_generator", "path": allowlist.SHAREABLE_GENERATOR, "args": {}},
             {"id": "aggregator", "path": allowlist.AGGREGATOR, "args": {"method": method}},
         ],
@@ -156,7 +161,6 @@ def server_config(method: str, options: JobOptions) -> dict[str, Any]:
                     "wait_time_after_min_received": options.wait_after_min,
                     "train_timeout": options.train_timeout,
                     "task_timeout": options.task_timeout,
-                    "start_round": options.start_round,
                     "anchors_may_differ": options.anchors_may_differ,
                     "uploads_to_disk": options.uploads_to_disk,
                 },

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from heterosync.flare.job import JobOptions
 
 
-def readme(method: Method, options: JobOptions) -> str:
+def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     """Text of README.md, made from the method's own words; the same inputs always give the same text."""
     model = method.build_model(weights="none")
     names, size = method.shared_names(model), bytes_per_round(method, model)
@@ -25,11 +25,20 @@ def readme(method: Method, options: JobOptions) -> str:
     leaves = "\n".join(f"- {line}" for line in method.leaves)
     overrides = {**options.method_settings, **options.training_dict()}
     settings = "".join(f"- `{name}`: {value}\n" for name, value in overrides.items()) or "All settings have defaults.\n"
+    code, package = "Configuration only: no Python travels with this job.", "the installed package `heterosync`"
+    if byoc:
+        code = "This job brings Python code along: the package `heterosync`, in `app/custom`. Sites must allow that."
+        package = "that package"
+    own = (
+        ""
+        if names
+        else "\nThere, `heterosync/own_best.pt` is the site's own best model; `heterosync predict` reads it."
+    )
     return f"""# {method.title}
 
 Written by `heterosync job export {method.name}`; a change by hand is lost at the next export.
-Configuration only: no Python travels with this job. It names an executor, an outbound filter, a controller, an
-aggregator and a persistor of the installed package `heterosync`.
+{code} It names an executor, an outbound filter, a controller, an
+aggregator and a persistor of {package}.
 
 ## What is trained
 
@@ -43,7 +52,7 @@ A round needs {least}. Fusion weights: {method.weighting}.
 
 {leaves}
 
-Traffic: {traffic}.
+W0 are scalars, W1 weights, W2 summary statistics of private data. Traffic: {traffic}.
 Images, predictions, file names and patient identifiers never leave. The outbound filter of this job holds the
 allow-list, blocks everything else, and writes a line per message (name, shape, type, bytes) into `audit.jsonl` in the
 site's folder of the job.
@@ -55,7 +64,7 @@ variable `HETEROSYNC_DATA`, as the folder that holds `<site name>/`, or as the s
 
 ## How to run it
 
-Simulator, from the root of the repository:
+`jobs/{method.name}` stands for the path of this folder. Simulator, from the root of the repository:
 
 ```
 HETEROSYNC_DATA=/path/to/alliance nvflare simulator jobs/{method.name} -w poc/simulator -c site-a,site-b -t 2
@@ -73,5 +82,5 @@ nvflare job submit -j jobs/{method.name}
 
 Results appear in the server's folder of the job after every round: `history.csv`, `cross_site_metrics.json`,
 `run.json`, `tensorboard/`{models}. Predictions stay at the sites, in `heterosync/results/` of
-the site's folder of the job.
+the site's folder of the job.{own}
 """

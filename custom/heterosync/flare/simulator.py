@@ -78,6 +78,7 @@ def simulate(
     say = log or (lambda line: None)
     deadline = time.monotonic() + timeout if timeout is not None else None
     for attempt in range(retry + 1):
+        _forget(workspace)
         output = Output(say)
         with _ends_on_signal():
             simulator = Simulator(arguments, environment, workspace.parent)
@@ -115,7 +116,9 @@ def _check(job: Path, workspace: Path, sites: list[str], data: Path, threads: in
     for folder, what in ((job, "job"), (data, "data")):
         if folder == workspace or workspace in folder.parents:
             raise UserError(f"the {what} folder {folder} lies in the workspace, which is emptied: choose another one")
-    known = {"local", "startup", "server", "results", "simulator.log", "pool_stats", *sites}
+    known = {"local", "startup", "simulator.log", "pool_stats", *sites}
+    if (workspace / "server" / JOB_ID).is_dir():  # what FLARE's plain command leaves in a bare workspace
+        known.add("server")
     strange = sorted(p.name for p in workspace.iterdir() if p.name not in known) if workspace.is_dir() else []
     if strange and not (workspace / "local" / "resources.json").exists():
         raise UserError(f"workspace {workspace} holds '{strange[0]}' and would be emptied: choose a new folder")
@@ -130,6 +133,15 @@ def _environment(data: Path, threads: int) -> dict[str, str]:
     environment["HETEROSYNC_DATA"] = str(data)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // threads)))
     return environment
+
+
+def _forget(workspace: Path) -> None:
+    """Remove the server's record of an earlier run (`_check` has made sure that the workspace is ours), so that its
+    "completed" can never be taken for this run's."""
+    for folder in (workspace / "server", workspace / "results"):
+        with explained(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 def _keep_log(workspace: Path, output: Output) -> None:

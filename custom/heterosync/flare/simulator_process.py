@@ -19,6 +19,7 @@ from nvflare.fuel.utils.log_utils import default_log_dict
 
 from heterosync.flare import messages
 
+COMMAND = (sys.executable, "-u", "-m", "nvflare.cli", "simulator")
 #: Signs in the output that the job can never start; FLARE itself would wait for ever.
 _FATAL = re.compile("not in allow_list|ConfigError|ComponentNotAuthorized|Simulator setup error|No module named 'het")
 _LINE = re.compile(r"(?P<logger>[\w.]+) - (?P<level>[A-Z]+) - (?P<text>.*)")
@@ -51,8 +52,8 @@ class Output:
     def take(self, raw: str) -> None:
         line = raw.rstrip("\n")
         self.lines.append(line)
-        if not self.fatal and _FATAL.search(line):
-            self.fatal = line
+        if not self.fatal and not line.startswith(" ") and _FATAL.search(line):
+            self.fatal = _in_short(line)
         match = _LINE.match(line)
         if match is None:
             # The last line of a traceback, e.g. "ValueError: ..."
@@ -85,12 +86,18 @@ class Output:
         return self.fatal or (self._errors[0] if self._errors else "")
 
 
+def _in_short(line: str) -> str:
+    """A line of FLARE about a job that it cannot load, without the configuration that it quotes."""
+    reason = re.search(r"exception: '(.*?)\.?'$", line) or re.search(r"(Component .* is not in allow_list)", line)
+    return f"FLARE cannot load the job: {reason.group(1)}" if reason else line
+
+
 class Simulator:
     """One run of `nvflare simulator` with all the processes it starts; `stop` leaves none of them."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path):
         self._child = subprocess.Popen(
-            [sys.executable, "-u", "-m", "nvflare.cli", "simulator", *arguments],
+            [*COMMAND, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

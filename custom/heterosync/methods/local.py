@@ -46,7 +46,7 @@ class Local(Method):
     name = "local"
     title = "Local learning"
     status = "exact"
-    citation = "standard; network plain ResNet18 (reconstruction, methods.md 3.2)"
+    citation = "standard baseline; the paper does not name its network, plain ResNet18 is a reconstruction"
     leaves = COMMON_LEAVES
     weighting = "none"
     personal = True

@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def check_packages(
-    names: Sequence[str] = ("nvflare", "monai", "scikit-learn", "numpy", "tensorboard", "pydicom", "nibabel"),
+    names: Sequence[str] = ("nvflare", "scikit-learn", "numpy", "tensorboard", "pydicom", "nibabel"),
 ) -> Check:
     versions = {name: _version(name) for name in names}
     absent = [name for name, version in versions.items() if version is None]

@@ -64,6 +64,14 @@ def embed_partners(model: Path | str, anchor: Path | str, out: Path | str | None
     chosen = choose_partners(method, anchor)
     assets = {**file.assets, ASSET: chosen}
     save_model(
-        out or model, file.method, file.method_settings, file.training, file.state, file.labels, file.round, assets
+        out or model,
+        file.method,
+        file.method_settings,
+        file.training,
+        file.state,
+        file.labels,
+        file.round,
+        assets,
+        file.versions,
     )
     return len(chosen)

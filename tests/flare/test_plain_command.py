@@ -1,0 +1,72 @@
+"""The command of the README without anything of ours around it: `nvflare simulator JOB -w poc/simulator`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+import heterosync
+from heterosync.federation.modelfile import load_model
+from heterosync.flare.job import JobOptions, build_job
+from toys import SMOKE, toy_alliance
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 300.0
+
+pytestmark = [pytest.mark.flare, pytest.mark.slow]
+
+
+def plain(*words: object, cwd: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Run in a session of its own, whose processes (and those that left it) all end with it."""
+    command = [str(Path(sys.executable).with_name("nvflare")), *map(str, words)]
+    log = cwd / "output.txt"
+    with log.open("w") as file:
+        child = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        return child.wait(LIMIT), log.read_text()
+    finally:
+        tree = []
+        with suppress(psutil.Error):
+            tree = psutil.Process(child.pid).children(recursive=True)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        for process in tree:
+            with suppress(psutil.Error):
+                process.kill()
+        child.wait()
+
+
+def test_the_plain_command_runs_an_exported_job(tmp_path: Path) -> None:
+    toy_alliance(tmp_path / "data", 2)
+    job = build_job("hsl", tmp_path / "hsl", JobOptions(training=SMOKE, in_process=True))
+    workspace = tmp_path / "ws"
+    shutil.copytree(ROOT / "poc" / "simulator" / "local", workspace / "local")
+    environment = {
+        **os.environ,
+        "HETEROSYNC_DATA": str(tmp_path / "data"),
+        "PYTHONPATH": str(Path(heterosync.__file__).resolve().parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    words = ("simulator", job, "-w", workspace, "-c", "site-a,site-b", "-t", 2)
+    code, output = plain(*words, cwd=tmp_path, environment=environment)
+    assert code == 0, output[-3000:]
+    server = workspace / "server" / "simulate_job"
+    record = json.loads((server / "run.json").read_text())
+    assert record["status"] == "completed" and len(record["rounds"]) == SMOKE["rounds"]
+    assert [r["contributors"] for r in record["rounds"]] == [["site-a", "site-b"]] * 2
+    assert load_model(server / "last_model.pt", "hsl").round == 2
+    metrics = json.loads((server / "cross_site_metrics.json").read_text())
+    assert {"site-a", "site-b"} <= set(metrics["best"]) and (server / "history.csv").exists()
+    for site in ("site-a", "site-b"):
+        assert (workspace / site / "simulate_job" / "heterosync" / "results" / "predictions.csv").exists()
