@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,7 +99,7 @@ class FakeFederation:
         engine = self.context.get_engine()
         engine.fire_event, engine.get_component, engine.get_clients = self._fire, parts.get, lambda: self.clients
         engine.get_cell = lambda: None
-        self.controller.broadcast_and_wait = self._broadcast
+        self.controller.communicator = SimpleNamespace(broadcast_and_wait=self._broadcast)
 
     def play(self) -> FakeFederation:
         self.controller.initialize(self.context)
@@ -110,17 +111,18 @@ class FakeFederation:
 
     def _fire(self, event: str, context: FLContext) -> None:
         for handler in self.handlers:
-            handler.handle_event(event, context)
+            with suppress(Exception):  # FLARE logs what a handler raises, and goes on
+                handler.handle_event(event, context)
         if event == EventType.FATAL_SYSTEM_ERROR:
             self.reasons.append(context.get_prop(FLContextKey.EVENT_DATA))
             self.abort_signal.trigger(True)
 
-    def _broadcast(self, task: Task, fl_ctx: FLContext, *rest: Any, **options: Any) -> None:
+    def _broadcast(self, task: Task, fl_ctx: FLContext, targets: list[str], *rest: Any) -> None:
         if self.abort_signal.triggered:
             return
         round_ = task.data.get_header(AppConstants.CURRENT_ROUND)
         self.asked.append((task.name, round_))
-        for client in self.clients:
+        for client in [client for client in self.clients if client.name in targets]:
             client_task = ClientTask(client, task)
             task.before_task_sent_cb(client_task, fl_ctx)
             reply = self.site(client.name, task.name, round_, task._broadcast_data)
@@ -135,7 +137,9 @@ def plain_site(name: str, task: str, round_: int, message: Shareable, auc: float
     """A site that sends back what it got."""
     if task == messages.CHECK_IN:
         fields = {"site": name, "method": "hsl", "anchor_digest": "0" * 64, "labels": ["normal", "abnormal"]}
-        return messages.scalars_message({**fields, "model_hash": "1" * 64, "precision": "float32", **report})
+        fields |= {"model_hash": "1" * 64, "initial_weights": None, "precision": "float32"}
+        fields |= {"versions": {"heterosync": "1.0"}, "counts": {"train": 10}}
+        return messages.scalars_message({**fields, **report})
     tensors, _ = messages.open_message(message)
     if task == messages.VALIDATE:
         return messages.scalars_message({"auc": auc, "n": 10})

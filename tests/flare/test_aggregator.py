@@ -128,3 +128,21 @@ def test_a_method_without_shared_tensors_sends_metrics_only(tmp_path: Path) -> N
     assert not aggregator.accept(answer("site-b", toy_state(), method="local"), context)
     assert aggregator.metrics == {"site-a": {"val_auc_received": 0.5}}
     assert messages.open_message(aggregator.aggregate(context)) == ({}, {})
+
+
+def test_a_late_answer_does_not_change_a_closed_round(tmp_path: Path) -> None:
+    aggregator, context = started_aggregator(tmp_path)
+    assert aggregator.accept(answer("site-a", toy_state(2.0)), context)
+    aggregator.close()
+    assert not aggregator.accept(answer("site-b", toy_state(4.0)), context)
+    assert torch.equal(messages.open_message(aggregator.aggregate(context))[0]["w"], torch.full((2, 3), 2.0))
+    assert not aggregator.accept(answer("site-c", toy_state(4.0)), context)
+    assert aggregator.refused == dict.fromkeys(("site-b", "site-c"), "the round is closed")
+    assert list(aggregator.metrics) == list(aggregator.payload) == ["site-a"]
+
+
+@pytest.mark.parametrize("metrics", [{"auc": float("nan")}, {"patient": 1.0}, {"auc": "0.5"}])
+def test_scalars_that_no_site_may_send_are_refused(tmp_path: Path, metrics: dict) -> None:
+    aggregator, context = started_aggregator(tmp_path)
+    assert not aggregator.accept(answer("site-a", toy_state(), metrics=metrics), context)
+    assert aggregator.refused["site-a"].startswith("it holds what no site may send: metric ")

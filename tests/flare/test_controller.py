@@ -174,3 +174,107 @@ def test_an_abort_is_recorded(tmp_path: Path) -> None:
     run = FakeFederation(tmp_path, SITES, site, training={"rounds": 3})
     run.play()
     assert run.reasons == [] and run.read("run.json")["status"].startswith("stopped")
+
+
+def test_a_site_that_did_not_check_in_takes_no_part(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        if name == "site-b":
+            assert task == messages.CHECK_IN  # nothing else is ever asked of it
+            return messages.refusal("blocked")
+        if task == messages.TRAIN:  # it sends a model all the same
+            stray = plain_site("site-b", task, round_, message)
+            run.controller._accept_train_result("site-b", stray, run.context)
+        return plain_site(name, task, round_, message)
+
+    run = FakeFederation(tmp_path, SITES, site, min_clients=2)
+    run.play()
+    record = run.read("run.json")
+    assert run.reasons == [] and record["status"] == "completed" and record["sites"] == ["site-a", "site-c"]
+    assert list(record["not_checked_in"]) == ["site-b"]
+    for round_ in record["rounds"]:
+        assert round_["contributors"] == ["site-a", "site-c"]
+        assert round_["refused"] == {"site-b": "it did not pass the check-in"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"labels": ["normal", "/data/P-0042"]}, "check-in field 'labels'"),
+        ({"folder": "x"}, "check-in field 'folder'"),
+        ({"site": "site-c"}, "in the name of another site"),
+        ({"model_hash": None}, "check-in field 'model_hash'"),
+    ],
+)
+def test_the_server_trusts_no_check_in(tmp_path: Path, changes: dict, reason: str) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        spoilt = changes if (name, task) == ("site-b", messages.CHECK_IN) else {}
+        return plain_site(name, task, round_, message, **spoilt)
+
+    run = FakeFederation(tmp_path, SITES, site).play()
+    assert run.asked == [("check_in", 0)] and reason in run.reasons[0] and "site site-b: " in run.reasons[0]
+    assert "P-0042" not in run.reasons[0]
+
+
+def test_a_check_in_with_a_field_missing_is_refused(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        return messages.scalars_message({"site": name}) if name == "site-b" else plain_site(name, task, round_, message)
+
+    assert "it lacks method, anchor_digest, labels" in FakeFederation(tmp_path, SITES, site).play().reasons[0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), "0.5", True])
+def test_the_server_trusts_no_score(tmp_path: Path, bad: object) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        spoilt = name == "site-b" and task != messages.CHECK_IN
+        return plain_site(name, task, round_, message, **({"auc": bad} if spoilt else {}))
+
+    run = FakeFederation(tmp_path, SITES, site, min_clients=2, training={"rounds": 1}).play()
+    (round_,) = run.read("run.json")["rounds"]
+    assert run.reasons == [] and "not a finite number" in round_["refused"]["site-b"]
+    assert sorted(run.read("cross_site_metrics.json")["best"]) == ["mean", "site-a", "site-c"]
+
+
+@pytest.mark.parametrize("handler", ["keep_as_best", "RunRecorder.round_done"])
+def test_an_error_in_an_event_handler_stops_the_job(tmp_path: Path, monkeypatch, handler: str) -> None:
+    def full(*args, **options) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"heterosync.flare.controller.{handler}", full)
+    run = FakeFederation(tmp_path, SITES, training={"rounds": 3}).play()
+    assert run.reasons == ["OSError: [Errno 28] No space left on device"]
+    assert run.read("run.json")["status"] == f"failed: {run.reasons[0]}"
+    assert [task for task, _ in run.asked].count("validate") == 0
+
+
+def test_a_full_disk_at_the_server_is_named_as_the_cause(tmp_path: Path, monkeypatch) -> None:
+    def full(*args, **options) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("heterosync.flare.persistor.save_model", full)
+    run = FakeFederation(tmp_path, SITES).play()
+    status = run.read("run.json")["status"]
+    assert status.startswith("failed: ") and "No space left on device" in status
+    assert [task for task, _ in run.asked] == ["check_in", "train"]
+
+
+def test_an_unforeseen_error_after_the_rounds_fails_the_job_with_its_cause(tmp_path: Path, monkeypatch) -> None:
+    def broken(*args) -> None:
+        raise RuntimeError("no such model")
+
+    monkeypatch.setattr("heterosync.flare.controller.load_model", broken)
+    run = FakeFederation(tmp_path, SITES).play()
+    assert run.read("run.json")["status"] == "failed: RuntimeError: no such model"
+
+
+def test_a_site_that_fails_a_test_costs_no_other_result(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        if name == "site-b" and message.get_header(messages.SPLIT) == "test":
+            return messages.refusal("died")
+        return plain_site(name, task, round_, message)
+
+    for folder, least, status in ((tmp_path / "a", 2, "completed"), (tmp_path / "b", 0, "failed: the test of model")):
+        run = FakeFederation(folder, SITES, site, min_clients=least).play()
+        record, tests = run.read("run.json"), run.read("cross_site_metrics.json")
+        assert record["status"].startswith(status)
+        assert record["not_tested"] == {m: {"site-b": messages.REASONS["died"]} for m in ("best", "last")}
+        assert {m: sorted(tests[m]) for m in tests} == {m: ["mean", "site-a", "site-c"] for m in ("best", "last")}

@@ -37,7 +37,11 @@ def training(tensors: dict, **changes) -> Shareable:
 def test_a_training_answer_passes_and_is_audited_item_by_item(tmp_path: Path, state) -> None:
     message = training(state)
     reply, record = passed(tmp_path, "train", message)
-    assert reply is message
+    assert reply is not message and reply.get_return_code() == ReturnCode.OK
+    tensors_out, fields = messages.open_message(reply)
+    assert all(tensors_out[name] is state[name] for name in state)
+    metrics = {"train_loss": 0.25, "n_train": 12}
+    assert fields == {"method": "hsl", "round": 7, "samples": 12, "metrics": metrics}
     assert record["task"] == "train" and record["round"] == 7 and record["left"]
     tensors = [item for item in record["items"] if item["name"] in state]
     assert [item["name"] for item in tensors] == list(state)
@@ -113,3 +117,19 @@ def test_wrong_settings_block_instead_of_raising(tmp_path: Path, state) -> None:
     context = fake_context(tmp_path, **{FLContextKey.TASK_NAME: "train"})
     reply = OutboundFilter("hsl", {"temprature": 1.0}, SMOKE).process(training(state), context)
     assert reply.get_header(messages.REASON) == "blocked"
+
+
+@pytest.mark.parametrize("corner", ["meta", "extra"])
+@pytest.mark.parametrize("task", ["validate", "check_in", "train"])
+def test_nothing_hides_in_the_corners_of_the_data_exchange_object(
+    tmp_path: Path, state, task: str, corner: str
+) -> None:
+    values = {"auc": 0.5} if task == "validate" else {"site": "site-a"}
+    message = training(state) if task == "train" else messages.scalars_message(values)
+    if corner == "meta" and task != "train":  # the meta of a training answer is its envelope, checked field by field
+        message["DXO"]["meta"] = {"note": "P-0042"}
+    else:
+        message["DXO"]["pixels"] = "P-0042"
+    reply, record = passed(tmp_path, task, message)
+    assert record["left"] and "P-0042" not in str(dict(reply))
+    assert reply.get_return_code() == ReturnCode.OK and messages.open_message(reply)[1]

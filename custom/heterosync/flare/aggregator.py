@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 from nvflare.apis.event_type import EventType
@@ -16,7 +17,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from heterosync.errors import ContributionRefused
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.fusion import Fusion
-from heterosync.federation.wire import payload_bytes
+from heterosync.federation.wire import Blocked, WirePolicy, payload_bytes
 from heterosync.flare import messages
 from heterosync.methods import get_method
 
@@ -29,7 +30,8 @@ class EqualWeightAggregator(Aggregator):
 
     method: name of the method that the job trains.
 
-    Read by the controller after a round, each by site: `metrics` (scalars), `refused` (reason), `payload` (bytes).
+    Read by the controller after `close`, each by site: `metrics` (scalars), `refused` (reason), `payload` (bytes); the
+    first and the last do not change then, however late a site answers.
     """
 
     def __init__(self, method: str):
@@ -38,6 +40,9 @@ class EqualWeightAggregator(Aggregator):
         self._fusion: Fusion | None = None
         self._spill: Path | None = None
         self._round = -1
+        self._open = False
+        self._lock = threading.Lock()  # answers, late ones too, come in on several threads
+        self._policy = WirePolicy(method, {})
         self.metrics: dict[str, dict[str, float]] = {}
         self.refused: dict[str, str] = {}
         self.payload: dict[str, int] = {}
@@ -46,7 +51,8 @@ class EqualWeightAggregator(Aggregator):
         if event_type == EventType.START_RUN:
             messages.register_tensors()
         elif event_type == AppEventType.ROUND_STARTED:
-            self._start(fl_ctx)
+            with self._lock:
+                self._start(fl_ctx)
         elif event_type == EventType.END_RUN and self._spill is not None:
             shutil.rmtree(self._spill, ignore_errors=True)
 
@@ -58,6 +64,12 @@ class EqualWeightAggregator(Aggregator):
             self._fusion = Fusion(state, get_method(self._method).weighting, self._method, spill=self._spill)
         self._fusion.start(self._round)
         self.metrics, self.refused, self.payload = {}, {}, {}
+        self._open = True
+
+    def close(self) -> None:
+        """End the round: whatever a site answers from now on is refused."""
+        with self._lock:
+            self._open = False
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Take a site's answer to the train task. False, with the reason in `refused` and the log, if it does not fit.
@@ -65,41 +77,60 @@ class EqualWeightAggregator(Aggregator):
         Never raises: with FLARE, an exception here would end the round for all sites.
         """
         site = messages.sender_of(shareable)
-        try:
-            if self._fusion is None:
-                raise ContributionRefused(site, "no round has begun")
-            sent_for = shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
-            if sent_for != self._round:
-                raise ContributionRefused(site, f"it answers round {sent_for}, this is round {self._round}")
-            contribution = _contribution(site, shareable)
-            self._fusion.accept(contribution)
-            self.payload[site] = payload_bytes(contribution.tensors)
-            self.metrics[site] = contribution.metrics
+        with self._lock:
+            reason = self._take(site, shareable)
+        if reason is None:
             return True
-        except ContributionRefused as refusal:
-            reason = refusal.reason
-        except Exception as error:
-            reason = f"it could not be read ({type(error).__name__}: {error})"
+        self.refuse(site, reason, fl_ctx)
+        return False
+
+    def refuse(self, site: str, reason: str, fl_ctx: FLContext) -> None:
+        """Put on record why a site's answer does not count."""
         self.log_warning(fl_ctx, f"round {self._round}: contribution of site {site} refused: {reason}")
         # A second answer of a site that has contributed already does not undo the first.
         if site not in self.metrics:
             self.refused[site] = reason
-        return False
+
+    def _take(self, site: str, shareable: Shareable) -> str | None:
+        """Add an answer to the fusion; the reason when it does not fit."""
+        try:
+            if self._fusion is None:
+                return "no round has begun"
+            sent_for = shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
+            if sent_for != self._round:
+                return f"it answers round {sent_for}, this is round {self._round}"
+            if not self._open:
+                return "the round is closed"
+            contribution = self._read(site, shareable)
+            self._fusion.accept(contribution)
+            self.payload[site] = payload_bytes(contribution.tensors)
+            self.metrics[site] = contribution.metrics
+            return None
+        except ContributionRefused as refusal:
+            return refusal.reason
+        except Blocked as error:
+            return messages.distrusted(error)
+        except Exception as error:
+            return f"it could not be read ({type(error).__name__}: {error})"
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
         """The fused state as a message; an empty one when no tensors are shared or nobody contributed."""
         assert self._fusion is not None
+        self.close()
         fused = self._fusion.result() if self.metrics and self._fusion.reference else {}
         return messages.tensors_message(fused)
 
-
-def _contribution(site: str, shareable: Shareable) -> Contribution:
-    tensors, fields = messages.open_message(shareable)
-    return Contribution(
-        site=site,
-        method=str(fields.get("method")),
-        round=fields.get("round", -1),
-        tensors=messages.materialized(tensors),
-        metrics={str(name): float(value) for name, value in dict(fields.get("metrics", {})).items()},
-        samples=int(fields.get("samples", 0)),
-    )
+    def _read(self, site: str, shareable: Shareable) -> Contribution:
+        tensors, fields = messages.open_message(shareable)
+        metrics = fields.get("metrics", {})
+        if not isinstance(metrics, dict):
+            raise TypeError("its metrics are no dictionary")
+        self._policy.check({}, metrics)  # the tensors are checked by the fusion
+        return Contribution(
+            site=site,
+            method=str(fields.get("method")),
+            round=fields.get("round", -1),
+            tensors=messages.materialized(tensors),
+            metrics={name: float(value) for name, value in metrics.items()},
+            samples=int(fields.get("samples", 0)),
+        )

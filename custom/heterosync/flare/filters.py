@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvflare.apis.filter import Filter
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 
 from heterosync.errors import HeteroSyncError
-from heterosync.federation.wire import Blocked, WirePolicy, audit_lines, signature
+from heterosync.federation.wire import Blocked, WirePolicy, audit_lines, reportable, signature
 from heterosync.flare import messages
 from heterosync.methods import make_method, method_names
 from heterosync.training.settings import TrainingSettings
@@ -30,7 +30,8 @@ class OutboundFilter(Filter):
 
     A task result filter of every job, on all tasks of the clients. It writes one line per message into `audit.jsonl` in
     the site's folder of the job: time, task, round, whether it left, and name, shape, type and bytes of all it holds.
-    An answer with anything else in it never leaves: the server gets an error reply that says no more than that.
+    An answer with anything else in it never leaves: the server gets an error reply that says no more than that. What
+    leaves is a message built anew from what was checked, so that nothing hides in a corner of the old one.
 
     method, method_settings, training: as in the executor; they fix the names, shapes and types of the shared tensors.
     """
@@ -41,7 +42,7 @@ class OutboundFilter(Filter):
         self._policy: WirePolicy | None = None
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        """The answer itself when all of it may leave, else a bare error reply. Never raises."""
+        """A fresh message of what was checked when all of it may leave, else a bare error reply. Never raises."""
         task = str(fl_ctx.get_prop(FLContextKey.TASK_NAME, ""))
         record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "task": task}
         try:
@@ -50,9 +51,9 @@ class OutboundFilter(Filter):
                 record.update(left=True, failure=str(shareable.get_return_code()), items=[])
                 reply = _bare_failure(shareable)
             else:
-                tensors, scalars = self._checked(task, shareable)
+                tensors, scalars, reply = self._checked(task, shareable)
+                reply.set_return_code(ReturnCode.OK)
                 record.update(left=True, items=audit_lines(tensors, scalars))
-                reply = shareable
         except Exception as error:
             # Whatever goes wrong here, the message stays. No ERROR: FLARE streams lines of that level to the server.
             reason = str(error) if isinstance(error, (Blocked, HeteroSyncError)) else type(error).__name__
@@ -66,8 +67,8 @@ class OutboundFilter(Filter):
             return messages.refusal("blocked")
         return reply
 
-    def _checked(self, task: str, shareable: Shareable) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(tensors, scalars) of a permitted answer. Raises `Blocked`."""
+    def _checked(self, task: str, shareable: Shareable) -> tuple[dict[str, Any], dict[str, Any], Shareable]:
+        """Tensors and scalars of a permitted answer, and a message of these alone. Raises `Blocked`."""
         if task not in messages.TASKS:
             raise _blocked(f"answers to task '{task[:40]}' are not foreseen")
         headers = set(shareable.get(ReservedHeaderKey.HEADERS, {}))
@@ -75,17 +76,19 @@ class OutboundFilter(Filter):
             raise _blocked(f"the message holds '{name[:40]}'")
         tensors, scalars = messages.open_message(shareable)
         policy = self._get_policy()
+        if task == messages.TRAIN:
+            envelope = _opened(scalars)
+            policy.check(tensors, envelope["metrics"])
+            envelope["metrics"] = reportable(envelope["metrics"])
+            return tensors, envelope["metrics"], messages.tensors_message(tensors, envelope)
+        if tensors:
+            raise _blocked(f"the task {task} is answered with scalars only")
         if task == messages.CHECK_IN:
-            policy.check(tensors)
             policy.check_report(scalars)
-        elif task == messages.TRAIN:
-            scalars = _opened(scalars)
-            policy.check(tensors, scalars)
         else:
-            if tensors:
-                raise _blocked("a validation answers with scalars only")
             policy.check({}, scalars)
-        return tensors, scalars
+            scalars = reportable(scalars)
+        return {}, scalars, messages.scalars_message(scalars)
 
     def _get_policy(self) -> WirePolicy:
         if self._policy is None:
@@ -102,14 +105,14 @@ class OutboundFilter(Filter):
 
 
 def _opened(envelope: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a training answer. Raises `Blocked` when the envelope holds more than `ENVELOPE`."""
+    """The fields that go with the tensors of a training answer. Raises `Blocked` when they are not `ENVELOPE`."""
     for name, value in envelope.items():
         kind = ENVELOPE.get(name)
         if kind is None or not isinstance(value, kind) or isinstance(value, bool):
             raise _blocked(f"field '{str(name)[:40]}' of a training answer is not foreseen")
     if envelope.get("method") not in method_names():
         raise _blocked("a training answer names a method that does not exist")
-    return dict(envelope.get("metrics", {}))
+    return {name: kind(envelope.get(name, kind())) for name, kind in ENVELOPE.items()}
 
 
 def _blocked(what: str) -> Blocked:

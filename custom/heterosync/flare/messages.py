@@ -6,7 +6,8 @@ METRICS when only scalars and short texts do. Tensors travel as torch tensors, b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from nvflare.fuel.utils import fobs
 from torch import Tensor
 
 from heterosync.errors import HeteroSyncError
+from heterosync.federation import wire
+from heterosync.federation.wire import Blocked, WirePolicy
 
 CHECK_IN, TRAIN, VALIDATE = "check_in", "train", "validate"
 TASKS = (CHECK_IN, TRAIN, VALIDATE)
@@ -37,6 +40,8 @@ REASONS: dict[str, str] = {
     "blocked": "its outbound filter blocked the message; see audit.jsonl at the site",
     "defect": "an unexpected error; its traceback is in the site's own log.txt",
 }
+
+NO_ANSWER = "no answer in time"
 
 #: Marks the one line of a log that a user has to read; the simulator wrapper looks for it.
 PROBLEM = "PROBLEM: "
@@ -89,6 +94,78 @@ def failure_of(reply: Shareable) -> str | None:
     if code in (None, "", ReturnCode.OK):
         return None
     return REASONS.get(str(reply.get_header(REASON)), f"it answered {code}")
+
+
+def distrusted(error: Blocked) -> str:
+    """What the wire policy has against an answer that arrived, as one line in the words of the server."""
+    what = str(error).rpartition("leaving the site: ")[2]
+    return f"it holds what no site may send: {' '.join(what.split())}"
+
+
+class Answers:
+    """Scalars that the sites answer to one task; a site is not trusted to have checked what it sends.
+
+    good: site -> scalars. failed: site -> reason, at first `NO_ANSWER` for each of `sites`.
+    policy: what the scalars must keep to. arrived: told site and scalars of each good answer at once.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        sites: Iterable[str],
+        policy: WirePolicy,
+        arrived: Callable[[str, dict[str, Any]], None] | None = None,
+    ):
+        self._task, self._policy, self._arrived = task, policy, arrived
+        self._lock = threading.Lock()  # FLARE hands over answers on several threads
+        self._closed = False
+        self.good: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = dict.fromkeys(sites, NO_ANSWER)
+
+    def take(self, site: str, reply: Shareable) -> str | None:
+        """Judge and keep an answer; the reason when it is none. Raises only what `arrived` raises."""
+        with self._lock:
+            if self._closed:
+                return NO_ANSWER
+            failure, scalars = self._judged(site, reply)
+            if failure is not None:
+                self.failed[site] = failure
+                return failure
+            self.good[site] = scalars
+            self.failed.pop(site, None)
+            if self._arrived is not None:
+                self._arrived(site, scalars)
+            return None
+
+    def close(self) -> None:
+        """Take no more answers: from now on nothing here changes."""
+        with self._lock:
+            self._closed = True
+
+    def _judged(self, site: str, reply: Shareable) -> tuple[str | None, dict[str, Any]]:
+        failure = failure_of(reply)
+        if failure is not None:
+            return failure, {}
+        try:
+            tensors, scalars = open_message(reply)
+            if tensors:
+                raise HeteroSyncError("it holds tensors where only scalars were asked for")
+            if self._task == CHECK_IN:
+                self._policy.check_report(scalars)
+                missing = [name for name in wire.CHECK_IN if name not in scalars]
+                if missing:
+                    raise HeteroSyncError(f"it lacks {', '.join(missing)}")
+                if scalars["site"] != site:
+                    raise HeteroSyncError("it is in the name of another site")
+            else:
+                self._policy.check({}, scalars)
+            return None, scalars
+        except Blocked as error:
+            return distrusted(error), {}
+        except HeteroSyncError as error:
+            return str(error), {}
+        except Exception as error:
+            return f"it could not be read ({type(error).__name__})", {}
 
 
 def round_of(message: Shareable) -> int:

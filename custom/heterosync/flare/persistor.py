@@ -12,9 +12,8 @@ from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey,
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_common.app_constant import AppConstants
 
-from heterosync.errors import UserError
 from heterosync.federation.initial import initial_state
-from heterosync.federation.modelfile import load_model, save_model
+from heterosync.federation.modelfile import save_model
 from heterosync.federation.runner import BEST_MODEL, LAST_MODEL
 from heterosync.files import write_with
 from heterosync.flare import messages
@@ -29,28 +28,20 @@ class GlobalModelPersistor(ModelPersistor):
     """Makes the initial state once, from the method's name, and writes `last_model.pt` whole after every round.
 
     method, method_settings, training: as in the executor. No class path of a model ever stands in a job.
-    source: a model file of an earlier run on the server's disk to start from ("" starts fresh).
     """
 
-    def __init__(
-        self, method: str, method_settings: dict | None = None, training: dict | None = None, source: str = ""
-    ):
+    def __init__(self, method: str, method_settings: dict | None = None, training: dict | None = None):
         super().__init__()
         self._method, self._settings, self._training = method, method_settings or {}, training or {}
-        self._source = source
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             messages.register_tensors()
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
-        """The state before the first round. Raises `UserError` for unknown settings or an unusable `source`."""
+        """The state before the first round. Raises `UserError` for unknown settings."""
         self._made = make_method(self._method, self._settings, TrainingSettings.from_dict(self._training))
-        state = initial_state(self._made)
-        if self._source:
-            state = _continued(Path(self._source), self._method, state)
-            write_with(messages.run_folder(fl_ctx) / LAST_MODEL, lambda copy: shutil.copyfile(self._source, copy))
-        return make_model_learnable(state, {})
+        return make_model_learnable(initial_state(self._made), {})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         state = model[ModelLearnableKey.WEIGHTS]
@@ -80,11 +71,3 @@ def keep_as_best(folder: Path) -> None:
 
     if last.exists():
         write_with(folder / BEST_MODEL, link)
-
-
-def _continued(source: Path, method: str, initial: dict) -> dict:
-    """The state of a model file, checked against what the settings of this job would build."""
-    stored = load_model(source, method)
-    if {name: value.shape for name, value in stored.state.items()} != {n: v.shape for n, v in initial.items()}:
-        raise UserError(f"source {source}: its tensors do not fit this job: use the settings it was made with")
-    return stored.state
