@@ -20,6 +20,7 @@ import psutil
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 
+from heterosync.federation.checkin import versions
 from heterosync.flare import messages
 
 
@@ -37,9 +38,19 @@ class Echo(Executor):
 
     def execute(self, task_name, shareable, fl_ctx, abort_signal):
         if task_name == messages.CHECK_IN:
-            site, digest = fl_ctx.get_identity_name(), "0" * 64
-            report = {"site": site, "method": self.method, "anchor_digest": digest, "labels": ["no", "yes"]}
-            return messages.scalars_message({**report, "model_hash": digest, "precision": "float32"})
+            digest = "0" * 64
+            report = {
+                "site": fl_ctx.get_identity_name(),
+                "method": self.method,
+                "anchor_digest": digest,
+                "labels": ["no", "yes"],
+                "model_hash": digest,
+                "initial_weights": None,
+                "precision": "float32",
+                "versions": dict(versions()),
+                "counts": {"train": 1, "validation": 1, "test": 1},
+            }
+            return messages.scalars_message(report)
         if task_name == messages.VALIDATE:
             return messages.scalars_message({"auc": 0.5})
         tensors, _ = messages.open_message(shareable)

@@ -40,6 +40,10 @@ class TrainerDied(HeteroSyncError):
     """The trainer process of a site ended while it held a task; the site loses the round, not the job."""
 
 
+class TrainerHung(TrainerDied):
+    """The trainer process gave no sign of life for too long and was killed."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A tail for an error line: the nearest known name, and all of them."""
     known = sorted(known)

@@ -31,6 +31,17 @@ CASES = {
     "setting out of range": Case("job export hsl --out {tmp}/out --set image_size=0", "image_size", "smallest"),
     "setting without value": Case("job export hsl --out {tmp}/out --set rounds", "--set rounds", "name=value"),
     "setting given twice": Case("job export hsl --out {tmp}/out --set lr=1 --set lr=2", "given twice"),
+    "rounds given twice": Case("job export hsl --out {tmp}/out --rounds 3 --set rounds=4", "--rounds and --set rounds"),
+    "sites given twice": Case("job export hsl --out {tmp}/out --sites a --set sites=[]", "--sites and --set sites"),
+    "weights that are no file": Case("job export hsl --out {tmp}/out --set weights=imagnet", "did you mean 'imagenet'"),
+    "setting of a network that is not used": Case(
+        "job export local --out {tmp}/out --set temperature=2", "counts only with network=mmoe"
+    ),
+    "anchors of a method without them": Case(
+        "job export local --out {tmp}/out --set anchors_may_differ=true", "anchors_may_differ", "no anchor task"
+    ),
+    "export onto other files": Case("job export hsl --out {tmp}/others", "others/hsl", "no heterosync job"),
+    "export of all, one onto other files": Case("job export --all --out {tmp}/others", "others/hsl"),
     "rounds of zero": Case("job export hsl --out {tmp}/out --rounds 0", "1 or more", code=2),
     "more sites needed than named": Case("job export hsl --out {tmp}/o --sites a,b --min-clients 3", "min_clients"),
     "export onto a file": Case("job export hsl --out {tmp}/a.txt", "a.txt", "choose"),
@@ -77,6 +88,8 @@ def places(tmp_path_factory, alliance) -> dict[str, Path]:
     (tmp / "empty").mkdir()
     (tmp / "thesis").mkdir()
     (tmp / "thesis" / "chapter.txt").write_text("words")
+    (tmp / "others" / "hsl").mkdir(parents=True)
+    (tmp / "others" / "hsl" / "notes.txt").write_text("words")
     (tmp / "pack").mkdir()
     (tmp / "pack" / "pack.npz").write_bytes(b"PK\x03\x04 cut off")
     model = toy_model(tmp / "models" / "best_model.pt")

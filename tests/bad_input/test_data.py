@@ -412,9 +412,15 @@ def test_bad_preprocessing(tmp_path: Path, options, part):
         load_site(toy_site(tmp_path / "site", size=8), *options)
 
 
-def test_site_folder_is_a_file(tmp_path: Path):
-    (tmp_path / "site").write_text("")
-    assert check_site(tmp_path / "site") == ["site: the site folder does not exist: create it or correct the path"]
+def test_site_folder_is_a_file_or_one_level_too_high(tmp_path: Path):
+    for name in ("site-b", "site-a"):
+        toy_site(tmp_path / "all" / name, size=8)
+    assert check_site(tmp_path / "all" / "site-a" / "site.yaml") == [
+        "site.yaml: a file, not a site folder: give the folder that holds site.yaml and manifest.csv"
+    ]
+    assert check_site(tmp_path / "all") == ["all: no site folder itself, but it holds some: give one of site-a, site-b"]
+    with pytest.raises(ProblemList, match="give one of site-a, site-b"):
+        load_site(tmp_path / "all", 8)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.dcm", "x.npz#0", "x.nii.gz"])

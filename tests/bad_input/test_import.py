@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,67 @@ def test_commands_end_with_one_line_and_leave_nothing(
         assert message in errors[0] and len(errors) <= 2 and errors[0].startswith("heterosync: ")
         assert not (tmp_path / "o").exists()
     assert heterosync("data", "anchor", scans, *classes, "--seed", "-1", "--out", tmp_path / "o") == 2
+
+
+def test_all_damaged_images_are_named_with_their_folders(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("normal/0.png", "abnormal/1.png"):
+        (scans / name).write_bytes(b"\x89PNG broken")
+    (scans / "t.csv").write_text("".join(f"{line}\n" for line in ("image,label", "normal/0.png,n", "abnormal/1.png,p")))
+    np.savez(tmp_path / "a.npz", images=np.full((3, 4, 4), np.nan), labels=[0, 1, 1])
+    (tmp_path / "p.csv").write_text("image,label\npack.npz#7,n\npack.npz#0,n\npack.npz#9,p\n")
+    np.savez(tmp_path / "pack.npz", images=np.zeros((2, 4, 4), np.uint8))
+    for kind, source, classes, names in [
+        ("folder", scans, ("normal", "abnormal"), ["abnormal/1.png: the file is", "normal/0.png: the file is"]),
+        ("csv", scans / "t.csv", ("n", "p"), ["normal/0.png: the file is", "abnormal/1.png: the file is"]),
+        ("npz", tmp_path / "a.npz", ("0", "1"), [f"a.npz image {row}: the picture has NaN" for row in range(3)]),
+        ("csv", tmp_path / "p.csv", ("n", "p"), ["pack.npz#7: the pack holds 2", "pack.npz#9: the pack holds 2"]),
+    ]:
+        words = ("import", kind, source, "--negative", classes[0], "--positive", classes[1], "--out", tmp_path / "o")
+        assert heterosync("data", *words) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(names)
+        assert all(name in line for name, line in zip(names, lines, strict=True)), lines
+        assert not (tmp_path / "o").exists()
+
+
+def test_a_site_without_an_anchor_pack_is_told_so(
+    scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = ("--negative", "normal", "--positive", "abnormal")
+    (tmp_path / "t.csv").write_text("site,negative,positive\na,3,3\n")
+    for i in range(8, 12):  # for the anchor pack, which must share no image
+        path = tmp_path / "public" / ("normal", "abnormal")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9), i * 10, np.uint8)).save(path)
+    assert (
+        heterosync("data", "anchor", tmp_path / "public", *classes, "--per-class", 2, "--out", tmp_path / "pack") == 0
+    )
+    for words, site in [
+        (("import", "folder"), tmp_path / "o"),
+        (("scenario", tmp_path / "t.csv"), tmp_path / "o/SITE"),
+    ]:
+        for anchor in ((), ("--anchor", tmp_path / "pack")):
+            capsys.readouterr()
+            assert heterosync("data", *words, scans, *classes, *anchor, "--out", tmp_path / "o") == 0
+            last = capsys.readouterr().out.splitlines()[-1]
+            assert (f"copy it to {site}/anchor" in last and "heterosync data anchor" in last) == (not anchor)
+            shutil.rmtree(tmp_path / "o")
+
+
+def test_check_prints_five_of_a_kind_or_all(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes = ("--negative", "normal", "--positive", "abnormal")
+    assert heterosync("data", "import", "folder", scans, *classes, "--out", tmp_path / "site") == 0
+    for path in (tmp_path / "site" / "images").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    assert heterosync("data", "check", tmp_path / "site", "--no-anchor") == 1
+    *shown, more, last = capsys.readouterr().out.splitlines()
+    assert len(shown) == 5 and more == "… and 3 more of this kind, rows 7 to 9"
+    assert last.endswith("site: 8 problems (--all prints each of them)")
+    assert heterosync("data", "check", tmp_path / "site", "--no-anchor", "--all") == 1
+    assert len(capsys.readouterr().out.splitlines()) == 9
 
 
 def test_import_then_check(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

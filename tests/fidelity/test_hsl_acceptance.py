@@ -1,4 +1,4 @@
-"""HSL's acceptance rules at one site (methods.md 2.9, 1.8); fusion and the manifest check have their own tests."""
+"""HSL's acceptance rules at one site; fusion and the manifest check have their own tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_temperature_golden_values():  # G4
     torch.testing.assert_close(model.embed(*row), torch.tensor([[0.0321, 0.0871, 0.2369, 0.6439]]), atol=5e-5, rtol=0)
 
 
-def test_entropy_of_gaussian_features():  # methods.md 2.3
+def test_entropy_of_gaussian_features():  # what T does: docs/hsl.md
     model = MMoE("resnet_tiny")
     features = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).mul(3).relu()
     shares = []
@@ -66,10 +66,10 @@ def test_h3_partner_reaches_the_primary_score_through_the_temperature(backbone):
             p, q = (torch.sigmoid(model(x, partner)[0]) for partner in partners)
             effect[temperature] = (p - q).abs().max().item()
     assert effect[3.0] > 1e3 * effect[1e6] > 0
-    assert effect[3.0] < 1e-3  # small at the start: methods.md 2.10
+    assert effect[3.0] < 1e-3  # small at the start: docs/hsl.md, Coupling
 
 
-def test_mechanism_at_the_start_is_as_small_as_measured():  # methods.md 2.10
+def test_mechanism_at_the_start_is_as_small_as_measured():  # docs/hsl.md, Coupling
     torch.manual_seed(0)
     y = (torch.arange(16) % 2).float()
     found = mechanism(MMoE(), images(16, 1), y, images(16, 2), y)
@@ -89,7 +89,7 @@ def test_loss_is_the_weighted_sum_of_both_tasks():
     torch.testing.assert_close(method.loss(model, batch), wanted)
 
 
-def test_weight_zero_equals_the_network_without_anchor_loss():  # AC-0.4
+def test_weight_zero_equals_the_network_without_anchor_loss():
     data = toy_data()
     off = trainer("hsl", {"loss_weights": [1.0, 0.0]}, data=data)
     never = trainer("hsl", data=data)

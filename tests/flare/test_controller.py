@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from nvflare.apis.shareable import Shareable
 
 from flare_toys import FakeFederation, plain_site
+from heterosync.errors import UserError
 from heterosync.federation.modelfile import load_model
 from heterosync.flare import messages
 
@@ -165,6 +168,26 @@ def test_the_model_is_not_copied_for_the_broadcast(tmp_path: Path) -> None:
     assert len(seen) == 1
 
 
+def test_what_a_transfer_leaves_behind_is_gone_after_its_task(tmp_path: Path) -> None:
+    class Transfer:  # as FLARE's: a task and its future hold each other, and the bytes
+        def __init__(self) -> None:
+            self.me = self
+
+    left: list[weakref.ref] = []
+
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        assert round_ == 0 or task != messages.TRAIN or left[0]() is None
+        left.append(weakref.ref(Transfer()))
+        return plain_site(name, task, round_, message)
+
+    gc.disable()
+    try:
+        assert FakeFederation(tmp_path, SITES, site).play().reasons == []
+    finally:
+        gc.enable()
+    assert len(left) > 3 and not any(reference() for reference in left)
+
+
 def test_an_abort_is_recorded(tmp_path: Path) -> None:
     def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
         if task == messages.TRAIN and round_ == 1:
@@ -246,6 +269,28 @@ def test_an_error_in_an_event_handler_stops_the_job(tmp_path: Path, monkeypatch,
     assert [task for task, _ in run.asked].count("validate") == 0
 
 
+@pytest.mark.parametrize("broken", ["Fusion", "Fusion.start"])
+def test_an_error_in_the_aggregators_event_handler_stops_the_job(tmp_path: Path, monkeypatch, broken: str) -> None:
+    def full(*args, **options) -> None:
+        raise UserError("cannot write contributions: the disk is full")
+
+    monkeypatch.setattr(f"heterosync.flare.aggregator.{broken}", full)
+    run = FakeFederation(tmp_path, SITES).play()
+    assert run.reasons == ["cannot write contributions: the disk is full"]
+    assert run.read("run.json")["status"] == f"failed: {run.reasons[0]}"
+    assert "train" not in [task for task, _ in run.asked]
+
+
+def test_an_error_while_an_answer_is_taken_stops_the_job(tmp_path: Path, monkeypatch) -> None:
+    def broken(*args, **options) -> None:
+        raise RuntimeError("no such site")
+
+    monkeypatch.setattr("heterosync.flare.controller.RunRecorder.site_done", broken)
+    run = FakeFederation(tmp_path, SITES).play()
+    assert run.read("run.json")["status"] == "failed: RuntimeError: no such site"
+    assert [task for task, _ in run.asked] == ["check_in", "train"]
+
+
 def test_a_full_disk_at_the_server_is_named_as_the_cause(tmp_path: Path, monkeypatch) -> None:
     def full(*args, **options) -> None:
         raise OSError(28, "No space left on device")
@@ -264,6 +309,45 @@ def test_an_unforeseen_error_after_the_rounds_fails_the_job_with_its_cause(tmp_p
     monkeypatch.setattr("heterosync.flare.controller.load_model", broken)
     run = FakeFederation(tmp_path, SITES).play()
     assert run.read("run.json")["status"] == "failed: RuntimeError: no such model"
+
+
+@pytest.mark.parametrize(("rounds", "best"), [(2, 1), (1, None)])
+def test_a_last_fusion_that_too_few_can_score_is_not_best_but_is_tested(
+    tmp_path: Path, rounds: int, best: int | None
+) -> None:
+    play = scripted([0.5, 0.6, 0.9][: rounds + 1])
+
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable | None:
+        if name == "site-b" and message.get_header(messages.SPLIT) == "validation":
+            return None
+        return play(name, task, round_, message)
+
+    run = FakeFederation(tmp_path, SITES, site, training={"rounds": rounds}).play()
+    record = run.read("run.json")
+    assert record["status"] == f"failed: {run.reasons[0]}" and "\n" not in run.reasons[0]
+    assert run.reasons[0].startswith("the validation of model 'last': fewer than the 3 sites")
+    assert f"site site-b: {messages.NO_ANSWER}" in run.reasons[0] and "site-c" not in run.reasons[0]
+    assert record["not_validated"] == {"site-b": messages.NO_ANSWER} and record["best_round"] == best
+    tests = run.read("cross_site_metrics.json")
+    assert sorted(tests) == ([] if best is None else ["best"]) + ["last"]
+    assert all({*SITES} <= set(sites) for sites in tests.values())
+    assert (tmp_path / "best_model.pt").exists() == (best is not None)
+    assert best is None or value_of(tmp_path / "best_model.pt") == best
+    assert value_of(tmp_path / "last_model.pt") == rounds
+
+
+def test_a_last_fusion_that_enough_sites_score_is_judged_by_them(tmp_path: Path) -> None:
+    play = scripted([0.5, 0.6, 0.9])
+
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        if name == "site-b" and message.get_header(messages.SPLIT) == "validation":
+            return messages.refusal("died")
+        return play(name, task, round_, message)
+
+    run = FakeFederation(tmp_path, SITES, site, min_clients=2).play()
+    record = run.read("run.json")
+    assert record["status"] == "completed" and record["best_round"] == 2
+    assert record["not_validated"] == {"site-b": messages.REASONS["died"]}
 
 
 def test_a_site_that_fails_a_test_costs_no_other_result(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 
 from flare_toys import fake_context
-from heterosync.errors import TrainerDied
+from heterosync.errors import TrainerDied, TrainerHung
 from heterosync.federation.initial import initial_state
 from heterosync.flare import messages
 from heterosync.flare.executor import DATA_ROOT, HeteroSyncExecutor
@@ -83,11 +84,12 @@ class Dying:
 
     def __init__(self, deaths: int):
         self.deaths, self.calls, self.closed = deaths, 0, 0
+        self.error = TrainerDied("site site-a: trainer ended by SIGKILL")
 
     def check_in(self) -> dict:
         self.calls += 1
         if self.calls <= self.deaths:
-            raise TrainerDied("site site-a: trainer ended by SIGKILL")
+            raise self.error
         return {"site": "site-a"}
 
     def close(self) -> None:
@@ -107,9 +109,30 @@ def test_a_dead_trainer_gets_a_second_chance(tmp_path: Path, monkeypatch, deaths
         assert messages.failure_of(reply) == messages.REASONS["died"]
 
 
+def test_a_trainer_that_hangs_twice_is_reported_as_hung(tmp_path: Path, monkeypatch, caplog) -> None:
+    trainer = Dying(2)
+    trainer.error = TrainerHung("site site-a: trainer killed: no sign of life for 9 s during check_in")
+    executor = HeteroSyncExecutor("hsl", {}, SMOKE)
+    monkeypatch.setattr(executor, "_make_trainer", lambda context: trainer)
+    reply = ask(executor, fake_context(tmp_path), "check_in", messages.scalars_message({}))
+    assert messages.failure_of(reply) == messages.REASONS["hung"] and trainer.calls == trainer.closed == 2
+    assert "no sign of life for 9 s" in caplog.text
+    assert "the trainer hung in task check_in, also when tried again" in caplog.text
+
+
 def test_an_aborted_task_ends_quietly(tmp_path: Path, monkeypatch) -> None:
     executor, signal = HeteroSyncExecutor("hsl", {}, SMOKE), Signal()
     signal.trigger(True)
     monkeypatch.setattr(executor, "_make_trainer", lambda context: Dying(9))
     reply = executor.execute("check_in", messages.scalars_message({}), fake_context(tmp_path), signal)
     assert reply.get_return_code() == ReturnCode.TASK_ABORTED
+
+
+def test_the_end_of_the_run_repeats_what_has_to_be_mended(tmp_path: Path, caplog) -> None:
+    executor, context = HeteroSyncExecutor("hsl", {}, SMOKE, in_process=True), fake_context(tmp_path)
+    for _ in range(2):
+        ask(executor, context, "check_in", messages.scalars_message({}))  # no data folder is configured
+    caplog.clear()
+    executor.handle_event(EventType.END_RUN, context)
+    (line,) = caplog.messages
+    assert line.startswith(messages.PROBLEM) and "site-a" in line

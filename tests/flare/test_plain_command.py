@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 import heterosync
+from heterosync.cli import main
 from heterosync.federation.modelfile import load_model
+from heterosync.flare import messages
 from heterosync.flare.job import JobOptions, build_job
 from toys import SMOKE, toy_alliance
 
@@ -70,3 +72,37 @@ def test_the_plain_command_runs_an_exported_job(tmp_path: Path) -> None:
     assert {"site-a", "site-b"} <= set(metrics["best"]) and (server / "history.csv").exists()
     for site in ("site-a", "site-b"):
         assert (workspace / site / "simulate_job" / "heterosync" / "results" / "predictions.csv").exists()
+
+
+def test_a_job_that_brings_the_package_needs_none_installed(tmp_path: Path) -> None:
+    """`--byoc`: no PYTHONPATH, no allow-list of ours; the version shows which copy of the package ran, and where."""
+    toy_alliance(tmp_path / "data", 2)
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in SMOKE.items()]
+    assert main(["job", "export", "hsl", "--out", str(tmp_path / "jobs"), "--byoc", *settings]) == 0
+    job = tmp_path / "jobs" / "hsl"
+    packed = job / "app" / "custom" / "heterosync" / "__init__.py"
+    packed.write_text(packed.read_text().replace(heterosync.__version__, "0.0.1"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HETEROSYNC_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
+    words = ("simulator", job, "-w", tmp_path / "ws", "-c", "site-a,site-b", "-t", 2)
+    code, output = plain(*words, cwd=tmp_path, environment=environment)
+    assert code == 0, output[-3000:]
+    server = tmp_path / "ws" / "server" / "simulate_job"
+    record = json.loads((server / "run.json").read_text())
+    assert record["status"] == "completed" and len(record["rounds"]) == SMOKE["rounds"]
+    versions = [record["versions"], *(report["versions"] for report in record["check_in"].values())]
+    assert [found["heterosync"] for found in versions] == ["0.0.1"] * 3  # the sites' come from their trainer processes
+    assert load_model(server / "best_model.pt", "hsl").versions["heterosync"] == "0.0.1"
+
+
+def test_the_last_lines_name_what_a_user_has_to_mend(tmp_path: Path) -> None:
+    toy_alliance(tmp_path / "data", 1)
+    job = build_job("hsl", tmp_path / "hsl", JobOptions(training=SMOKE, in_process=True), byoc=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HETEROSYNC_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
+    words = ("simulator", job, "-w", tmp_path / "ws", "-c", "site-a,site-b", "-t", 2)
+    code, output = plain(*words, cwd=tmp_path, environment=environment)
+    assert code != 0
+    problems = [line for line in output.splitlines() if messages.PROBLEM in line or " run failed: " in line]
+    assert "run failed: the check-in: fewer than the 2 sites" in problems[-2] and "site site-b: " in problems[-2]
+    assert "site site-b: HETEROSYNC_DATA has no folder 'site-b'" in problems[-1] and "known: site-a" in problems[-1]

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is no part of the package
 
-from benchmarks import aggregation, loading, published, step
+from benchmarks import aggregation, loading, published, round_overhead, step
 from benchmarks.__main__ import main
 from benchmarks.table import Measurement, as_text
 
@@ -71,3 +71,11 @@ def test_command_prints_ratios_and_the_machine(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "b.txt").read_text().startswith(as_text([measurement])[:20])
     with pytest.raises(SystemExit):
         main(["no-such-part"])
+
+
+@pytest.mark.flare
+@pytest.mark.slow
+def test_round_overhead(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = round_overhead.measure(2, 2, "resnet_tiny", tmp_path)
+    assert 0 < result["seconds_per_round"] < result["seconds"] and result["server_mib"] > 50

@@ -136,6 +136,32 @@ def test_job_describe_names_settings_and_what_leaves(capsys):
         assert part in text
 
 
+@pytest.mark.parametrize("method", ["hsl", "local"])
+def test_described_settings_are_those_that_export_takes(method, tmp_path, capsys):
+    assert main(["job", "describe", method]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and " = " in line]
+    described = {line.split()[0]: "counts only with" not in line for line in lines}
+    assert main(["job", "export", method, "--out", str(tmp_path), "--set", "nosuch=1"]) == 1
+    assert set(capsys.readouterr().err.partition("known: ")[2].strip().split(", ")) == set(described)
+    assert described["rounds"] and described["temperature"] == described["anchors_may_differ"] == (method == "hsl")
+    for name, other in (("temperature", "2"), ("n_experts", "3"), ("anchors_may_differ", "true"), ("min_clients", "2")):
+        assert main(["job", "export", method, "--out", str(tmp_path), "--set", f"{name}={other}"]) == (
+            0 if described[name] else 1
+        )
+
+
+def test_an_export_says_when_it_replaces_a_job(tmp_path, capsys):
+    export = ["job", "export", "local", "--out", str(tmp_path)]
+    for told in (False, True):
+        assert main(export) == 0
+        assert ("in place of the job that was there" in capsys.readouterr().out) == told
+
+
+def test_weights_may_be_a_file_of_the_sites_only(tmp_path):
+    for weights in ("/models/resnet18", "resnet18.pt", "models/resnet18", "none", "auto", "imagenet"):
+        assert main(["job", "export", "hsl", "--out", str(tmp_path), "--set", f"weights={weights}"]) == 0
+
+
 def test_job_export_writes_what_the_builder_writes(tmp_path, capsys):
     from heterosync.flare.job import JobOptions, build_job
 

@@ -10,7 +10,7 @@ import pytest
 
 from data_toys import picture, png_site, save_png, write_manifest
 from heterosync.data.anchor import write_anchor
-from heterosync.data.check import check_site
+from heterosync.data.check import check_site, summarised
 from heterosync.data.dataset import load_site
 from toys import toy_site
 
@@ -41,6 +41,53 @@ def test_all_problems_at_once_in_the_order_of_rows(tmp_path: Path):
     ]
     assert len(problems) == len(parts)
     assert all(part in problem for part, problem in zip(parts, problems, strict=True)), problems
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("task: t\nlabels: [normal, abnormal]\ndevise: cpu\nthreads: 0\n", ["unknown key 'devise'", "threads = '0'"]),
+        ("task: t\nlabels: [normal]\n", ["labels = ['normal']"]),
+        ("task: [\n", ["line 2: not valid YAML"]),
+        (None, ["site.yaml: the file is missing"]),
+    ],
+)
+def test_a_bad_config_hides_no_bad_row(tmp_path: Path, config: str | None, expected: list[str]):
+    rows = png_site(tmp_path)
+    (tmp_path / rows[1][0]).unlink()
+    if config is None:
+        (tmp_path / "site.yaml").unlink()
+    else:
+        (tmp_path / "site.yaml").write_text(config)
+    problems = check_site(tmp_path)
+    parts = [*expected, "row 3: images/01.png: the file does not exist", "anchor: the folder is missing"]
+    assert len(problems) == len(parts), problems
+    assert all(part in problem for part, problem in zip(parts, problems, strict=True)), problems
+
+
+def test_labels_are_compared_although_another_key_is_wrong(tmp_path: Path):
+    rows = png_site(tmp_path)
+    rows[0][1] = "sick"
+    write_manifest(tmp_path, rows)
+    with open(tmp_path / "site.yaml", "a") as file:
+        file.write("colour: red\n")
+    assert [problem.split(":")[0] for problem in check_site(tmp_path, need_anchor=False)] == [
+        "site.yaml",
+        "manifest.csv row 2",
+    ]
+
+
+def test_many_problems_of_one_kind_are_summarised(tmp_path: Path):
+    rows = png_site(tmp_path, (12, 12))
+    for name, _ in rows[2:9] + rows[15:17]:
+        (tmp_path / name).unlink()
+    rows[20][1], rows[21][1] = "sick", "ill"
+    write_manifest(tmp_path, rows)
+    problems = check_site(tmp_path, need_anchor=False)
+    lines = summarised(problems)
+    assert len(problems) == 11 and [line for line in problems if line in lines] == [*problems[:7]]
+    assert lines[7] == "… and 4 more of this kind, rows 9 to 10, 17 to 18" and len(lines) == 8
+    assert summarised(problems, 9) == problems and summarised([]) == []
 
 
 def test_lines_are_single_and_name_no_outside_path(tmp_path: Path):

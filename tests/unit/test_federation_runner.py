@@ -1,4 +1,4 @@
-"""The in-process federation against an independent plain loop, and the acceptance rules of methods.md 1.8 and 2.9."""
+"""The in-process federation against an independent plain loop, and the acceptance rules of HSL."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def same_outcome(one: runner.RunSummary, other: runner.RunSummary) -> None:
 
 
 def plain_hsl(sites: dict[str, Path], training: dict) -> list[dict[str, torch.Tensor]]:
-    """Global states after 0, 1, … rounds, by a loop written from methods.md 1.3, 2.4 and 2.5."""
+    """Global states after 0, 1, … rounds, by a loop written from the paper (Model development, eq. 1)."""
     settings = TrainingSettings.from_dict(training)
     data = {name: load_site(sites[name], 32, 3) for name in sorted(sites)}
     model = make_method("hsl", {}, settings).build_model().to(memory_format=torch.channels_last)

@@ -131,7 +131,7 @@ def test_audit_lines_say_name_shape_type_and_bytes_and_no_value() -> None:
 
 
 def test_hsl_sends_every_tensor_of_its_model_and_nothing_else(smoke: dict) -> None:
-    """AC-0.2: the audit of a full message equals the wire line of the method, key by key."""
+    """The audit of a full message equals the wire line of the method, key by key."""
     method = make_method("hsl", {}, TrainingSettings.from_dict(smoke))
     model = method.build_model()
     state = model.state_dict()

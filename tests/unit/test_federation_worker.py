@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heterosync.errors import HeteroSyncError, TrainerDied, UserError
+from heterosync.errors import HeteroSyncError, TrainerDied, TrainerHung, UserError
 from heterosync.federation.initial import initial_state
 from heterosync.federation.site import SiteTrainer
 from heterosync.federation.worker import TrainerProcess
@@ -183,6 +183,45 @@ def test_a_call_that_takes_too_long_ends_the_trainer(tmp_path: Path, alliance, s
     with pytest.raises(TrainerDied, match="check_in took longer than 0.3 s"):
         process.check_in()
     assert process.pid is None
+
+
+#: Imported by the trainer: its first step of a training hangs, those of every later process take `pause` seconds more.
+CLUMSY = """
+import pathlib, sys, time
+if "heterosync.federation.child" in sys.orig_argv:
+    from heterosync.training.steps import Steps
+    marker, step = pathlib.Path(__file__).with_name("hung"), Steps._step
+    def clumsy(*arguments):
+        if not marker.exists():
+            marker.touch()
+            time.sleep(1e6)
+        time.sleep({pause})
+        return step(*arguments)
+    Steps._step = clumsy
+"""
+
+
+def test_a_trainer_that_hangs_is_killed_and_one_that_is_slow_is_not(
+    tmp_path: Path, alliance, smoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has one epoch, so no line of progress, for longer than the limit."""
+    smoke.update(batch_size=4)
+    (tmp_path / "clumsy").mkdir()
+    (tmp_path / "clumsy/sitecustomize.py").write_text(CLUMSY.format(pause=1.0))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "clumsy"))
+    with TrainerProcess("site-a", alliance["site-a"], "local", {}, smoke, tmp_path / "work") as process:
+        process.check_in()
+        pid, process.stall = process.pid, 4.0
+        with pytest.raises(TrainerHung, match="site site-a: trainer killed: no sign of life for 4 s during train"):
+            process.train(0, None)
+        assert pid is not None and not alive(pid) and process.pid is None
+        assert "in clumsy" in (tmp_path / "work/trainer.log").read_text()  # where it hung
+        process.stall = None
+        process.check_in()  # the next one starts
+        process.stall = 4.0
+        began = time.monotonic()
+        process.train(0, None)
+        assert time.monotonic() - began > process.stall
 
 
 def test_the_trainer_ends_with_its_parent(tmp_path: Path, alliance, smoke) -> None:

@@ -169,7 +169,7 @@ class PublishedEncoder(nn.Module):
 
 
 class PublishedLayout(nn.Module):
-    """methods.md 2.2 written down once more, expert by expert, with the published names (evaluation mode only)."""
+    """The network of docs/hsl.md once more, expert by expert, with the published names (evaluation mode only)."""
 
     def __init__(self):
         super().__init__()

@@ -88,6 +88,30 @@ def test_the_readme_names_what_leaves_a_site_besides_weights():
     assert "cannot yet withhold single metrics" in text.split("## Limits")[1]
 
 
+def test_documents_keep_up_with_the_code():
+    from heterosync.cli import build_parser
+    from heterosync.flare.executor import DATA_ROOT
+    from heterosync.methods import bytes_per_round, make_method
+
+    (commands,) = (action for action in build_parser()._actions if action.dest == "command")
+    listed = re.search(r"Commands: `heterosync (.*)`", (ROOT / "CHANGELOG.md").read_text())
+    assert listed and set(listed[1].split(" | ")) == set(commands.choices)
+    places = (ROOT / "docs" / "data.md").read_text().split("1. ")[1].split("3. ")[0]
+    assert re.search(f"`{DATA_ROOT}`.*privacy.json.*HETEROSYNC_DATA", places, re.DOTALL)
+    hsl = make_method("hsl")
+    size = f"{bytes_per_round(hsl, hsl.build_model(weights='none')) / 2**20:.1f} MiB"
+    for text in (ROOT / "README.md", ROOT / "docs" / "hsl.md", ROOT / "jobs" / "hsl" / "README.md"):
+        assert set(re.findall(r"\b90\.\d MiB", text.read_text())) == {size}, text
+
+
+def test_nothing_cites_a_document_that_users_do_not_have():
+    unknown = re.compile(r"\bmethods\.m" r"d\b|\bDESIG" r"N\b")
+    for folder in ("custom", "jobs", "docs", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".json"):
+                assert not unknown.search(path.read_text(encoding="utf-8")), path
+
+
 def test_citation_names_both_papers_and_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {paper["doi"] for paper in citation["references"]} == {"10.1038/s41467-025-64459-y", "10.1093/jamia/ocaa341"}

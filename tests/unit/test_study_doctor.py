@@ -10,6 +10,7 @@ import pytest
 from heterosync.cli import main
 from heterosync.errors import UserError
 from heterosync.study import doctor
+from toys import toy_site
 
 CLASSES = ("heterosync.flare.executor.HeteroSyncExecutor",)
 
@@ -64,6 +65,27 @@ def test_data_of_every_site_is_checked(alliance, tmp_path):
     (tmp_path / "site-x" / "site.yaml").write_text("task: t\nlabels: [a, b]\nbatchsize: 3\n")
     (check, *_) = doctor.check_data(tmp_path)
     assert check.name == "data site-x" and check.state == doctor.PROBLEM
+
+
+def test_a_device_that_is_absent_is_a_problem_in_doctor_and_check(tmp_path, capsys, monkeypatch):
+    import torch
+
+    site = toy_site(tmp_path / "site-a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, there in (("cuda", False), ("cuda:1", False), ("auto", True), ("cpu", True)):
+        (site / "site.yaml").write_text(f"task: toy\nlabels: [normal, abnormal]\ndevice: {device}\n")
+        (check,) = doctor.check_data(site)
+        assert check.state == (doctor.OK if there else doctor.PROBLEM)
+        assert main(["data", "check", str(site)]) == (0 if there else 1)
+        line = f"site.yaml: device '{device}' is not there: set device in site.yaml to cpu or auto"
+        assert (line in capsys.readouterr().out) == (line in check.found) == (not there)
+
+
+def test_many_problems_of_a_site_are_summarised(tmp_path):
+    site = toy_site(tmp_path / "site-a")
+    (site / "images.npz").unlink()
+    found = [check.found for check in doctor.check_data(site)]
+    assert len(found) == 6 and found[-1] == "… and 35 more of this kind, rows 7 to 41"
 
 
 def test_port_and_server():

@@ -123,13 +123,16 @@ def test_a_sites_own_model_predicts_what_the_site_computed(alliance, tmp_path, n
     assert tested == {name: pytest.approx(scores[name], abs=1e-5) for name in tested}
 
 
-def test_nothing_is_written_when_an_image_is_damaged(model, tmp_path, capsys):
+def test_damaged_images_are_all_named_and_nothing_is_written(model, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "a.png")
-    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:40])
-    assert main(["predict", str(model), str(folder), "--out", str(tmp_path / "out.csv")]) == 1
-    assert "b.png" in capsys.readouterr().err
+    (folder / "deeper").mkdir()
+    for name in ("b.png", "deeper/a.png"):
+        (folder / name).write_bytes((folder / "a.png").read_bytes()[:40])
+    assert main(["predict", str(model), str(folder), "--out", str(tmp_path / "out.csv"), "--batch-size", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("heterosync: ").split(":")[0] for line in lines] == ["b.png", "deeper/a.png"]
     assert not (tmp_path / "out.csv").exists()
 
 

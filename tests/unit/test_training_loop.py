@@ -94,7 +94,7 @@ def test_trainer_equals_a_plain_loop(name, changes):
     assert (mine_all - plain_all).norm() < 1e-3 * (plain_all - start_all).norm()
 
 
-def test_two_runs_are_identical_and_seeds_and_sites_differ():  # AC-0.1 at the site
+def test_two_runs_are_identical_and_seeds_and_sites_differ():
     first, second = (trainer(local_epochs=2).train_round(0) for _ in range(2))
     assert same(first.state, second.state)
     torch.rand(7)  # the process' own history does not matter
@@ -112,7 +112,7 @@ def test_training_leaves_global_generators_alone():
 
 
 @pytest.mark.parametrize("name", ["hsl", "local"])
-def test_separable_toy_is_learned(name):  # AC-0.3
+def test_separable_toy_is_learned(name):
     mine = trainer(name, data=toy_data((40, 40)), local_epochs=4)
     losses = [mine.train_round(r).epochs for r in range(2)]
     flat = [epoch["train_loss"] for epochs in losses for epoch in epochs]
@@ -155,7 +155,7 @@ def stub_validator(mine: LocalTrainer, scores: list[float | None], losses: list[
     return states
 
 
-def test_the_best_epoch_is_uploaded_not_the_last():  # AC-H4, trap T11
+def test_the_best_epoch_is_uploaded_not_the_last():
     mine = trainer(local_epochs=5)
     states = stub_validator(mine, [0.5, 0.6, 0.7, 0.8, 0.9, 0.4])
     result = mine.train_round(0)
@@ -312,7 +312,7 @@ def test_received_model_is_checked():
     assert (mine.evaluate("test").probabilities == before).all()  # a look at another model leaves the own one
 
 
-def test_a_round_starts_from_the_received_state():  # AC-H6 at the site: nothing is re-initialised
+def test_a_round_starts_from_the_received_state():  # nothing is re-initialised
     shared = make_method("hsl", None, settings(seed=5)).build_model().state_dict()
     mine = trainer()
     mine.train_round(0)

@@ -111,7 +111,7 @@ def test_match_steps_and_streams():
     assert len(plan_epoch(labels, 0, settings(), "a", 0, 0)) == 80
     alone, paired = plan_epoch(labels, 0, matched, "a", 0, 0), plan_epoch(labels, 300, matched, "a", 0, 0)
     assert len(alone) == 300
-    assert (alone.primary == paired.primary).all()  # trap T4: one sampler, whatever the method
+    assert (alone.primary == paired.primary).all()  # one sampler, whatever the method
     for site, round_, epoch in (("b", 0, 0), ("a", 1, 0), ("a", 0, 1)):
         assert (plan_epoch(labels, 0, matched, site, round_, epoch).primary != alone.primary).any()
     assert seed_of(0, "a", 1) != seed_of(0, "a1", "")

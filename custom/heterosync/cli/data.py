@@ -30,6 +30,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--no-anchor", action="store_true", help="for methods without an anchor task: do not ask for one"
     )
+    parser.add_argument("--all", action="store_true", help="print every problem, not five of a kind")
     add_json(parser)
 
     parser = add_command(
@@ -131,10 +132,14 @@ def _open(arguments: argparse.Namespace) -> Collection:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from heterosync.data.check import inspect_site
+    from heterosync.data.check import inspect_site, summarised
     from heterosync.data.site import SPLITS
+    from heterosync.training.checks import device_problem
 
     found = inspect_site(arguments.folder, None, need_anchor=not arguments.no_anchor)
+    device = device_problem(found.config.device) if found.config else None
+    if device:
+        found.problems.append(f"site.yaml: {device}")
     summary: dict[str, Any] = {"folder": str(arguments.folder), "problems": found.problems}
     if not found.problems and found.config is not None:
         labels = [found.config.labels[row.label] for row in found.rows]
@@ -144,8 +149,10 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show(summary)
     elif found.problems:
-        print("\n".join(found.problems))
-        print(f"{arguments.folder}: {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}")
+        lines = found.problems if arguments.all else summarised(found.problems)
+        print("\n".join(lines))
+        more = " (--all prints each of them)" if len(lines) < len(found.problems) else ""
+        print(f"{arguments.folder}: {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}{more}")
     else:
         print(f"{arguments.folder}: in order")
         for split, by_label in summary["images"].items():
@@ -169,6 +176,8 @@ def _import(arguments: argparse.Namespace) -> None:
     with new_folder(arguments.out) as folder:
         write_site(folder, collection, anchor=arguments.anchor)
     print(f"{arguments.out} written; next: `heterosync data check {arguments.out}`")
+    if not arguments.anchor:
+        _hint_at_anchor(arguments.out)
 
 
 def _anchor(arguments: argparse.Namespace) -> None:
@@ -192,6 +201,12 @@ def _scenario(arguments: argparse.Namespace) -> None:
         print(line)
     folders = write_scenario(collection, table, arguments.out, arguments.anchor, **options)
     print(f"{len(folders)} site folders written in {arguments.out}")
+    if not arguments.anchor:
+        _hint_at_anchor(arguments.out / "SITE")
+
+
+def _hint_at_anchor(site: Path) -> None:
+    print(f"no anchor pack yet, which HSL needs: make one with `heterosync data anchor`, then copy it to {site}/anchor")
 
 
 def _synthetic(arguments: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _settings_of(name: str) -> dict[str, dict[str, Any]]:
-    """Defaults of everything that `--set` knows: kind -> name -> value."""
+    """Defaults of everything that `--set` knows: kind -> name -> value; the list of `describe` and of error lines."""
     from dataclasses import asdict
 
     from heterosync.flare.job import JobOptions
@@ -106,9 +106,18 @@ def _settings_of(name: str) -> dict[str, dict[str, Any]]:
     return {"method": method.settings.to_dict(), "training": method.training.to_dict(), "job": options}
 
 
+def _idle_settings(name: str) -> dict[str, str]:
+    """Settings that are refused while the others have their defaults: name -> when they count."""
+    from heterosync.methods import make_method
+
+    method = make_method(name)
+    return {**method.settings.idle(), **({} if method.uses_anchor else {"anchors_may_differ": "an anchor task"})}
+
+
 def _describe(arguments: argparse.Namespace) -> None:
     facts = method_facts(arguments.method)
     facts["settings"] = _settings_of(arguments.method)
+    facts["settings_that_count_only_with"] = idle = _idle_settings(arguments.method)
     if arguments.json:
         show(facts)
         return
@@ -123,7 +132,7 @@ def _describe(arguments: argparse.Namespace) -> None:
     for kind, values in facts["settings"].items():
         print(f"\nsettings of the {kind} (defaults; change with --set name=value):")
         for key, value in values.items():
-            print(f"  {key} = {value}")
+            print(f"  {key} = {value}" + (f"  (counts only with {idle[key]})" if key in idle else ""))
 
 
 def job_options(name: str, settings: dict[str, Any]) -> Any:
@@ -144,7 +153,7 @@ def job_options(name: str, settings: dict[str, Any]) -> Any:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.job import build_job
+    from heterosync.flare.job import build_job, replaces_job
     from heterosync.methods import method_names
 
     if bool(arguments.method) == arguments.all:
@@ -152,8 +161,11 @@ def _export(arguments: argparse.Namespace) -> None:
     settings = parse_settings(arguments.set)
     for key in ("rounds", "min_clients", "sites"):
         if getattr(arguments, key):
+            if key in settings:
+                raise UserError(f"--{key.replace('_', '-')} and --set {key}=… say the same: give one of them")
             settings[key] = getattr(arguments, key)
     names = method_names() if arguments.all else [arguments.method]
     options = {name: job_options(name, settings) for name in names}  # all are checked before the first is written
+    replaced = {name: " (in place of the job that was there)" for name in names if replaces_job(arguments.out / name)}
     for name in names:
-        print(build_job(name, arguments.out / name, options[name], arguments.byoc))
+        print(f"{build_job(name, arguments.out / name, options[name], arguments.byoc)}{replaced.get(name, '')}")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL
 
+from heterosync import pulse
 from heterosync.data.decoding import Decoded, Decoding
 from heterosync.data.packs import split_entry
 from heterosync.data.readers import Window
@@ -231,5 +232,6 @@ def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
+            pulse.beat()
             digest.update(block)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ The lines name files and rows of patients' images: they are for the site's own s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from heterosync.data.anchor import AnchorPack, inspect_anchor
 from heterosync.data.cache import cache_root, load_pictures
 from heterosync.data.decoding import Decoded
-from heterosync.data.site import CONFIG, MANIFEST, SPLITS, Row, SiteConfig, parse_manifest, read_site_config
+from heterosync.data.site import CONFIG, MANIFEST, SPLITS, Row, SiteConfig, parse_manifest, parse_site_config
 from heterosync.data.splits import FILE as SPLITS_FILE
 from heterosync.data.splits import assign_splits, read_splits
 from heterosync.errors import ProblemList
@@ -52,20 +53,17 @@ def inspect_site(
     """Read and check everything of a site folder that training needs; writes only to the cache."""
     folder = Path(folder)
     found = Inspection()
-    if not folder.is_dir():
-        found.problems.append(f"{folder.name}: the site folder does not exist: create it or correct the path")
+    wrong = no_site_folder(folder)
+    if wrong:
+        found.problems.append(wrong)
         return found
     if image_size is not None and image_size < 1:
         found.problems.append(f"image_size {image_size}: choose at least 1 (the paper has 224)")
     if channels not in (1, 3):
         found.problems.append(f"channels {channels}: choose 1 (grey) or 3 (colour)")
-    try:
-        found.config = read_site_config(folder)
-    except ProblemList as error:
-        found.problems += error.problems
-    if found.config is None or (image_size is not None and image_size < 1) or channels not in (1, 3):
+    if found.problems:
         return found
-
+    found.config, found.problems = parse_site_config(folder)
     root = cache_root(folder, cache) if image_size is not None else None
     _inspect_primary(folder, found, found.config, image_size, channels, root)
     if need_anchor:
@@ -79,6 +77,49 @@ def inspect_site(
             if content in public
         ]
     return found
+
+
+def no_site_folder(folder: Path) -> str | None:
+    """One line when `folder` cannot be a site folder: what it is, and what to give instead."""
+    name = folder.absolute().name
+    if folder.is_file():
+        return f"{name}: a file, not a site folder: give the folder that holds {CONFIG} and {MANIFEST}"
+    if not folder.is_dir():
+        return f"{name}: the site folder does not exist: create it or correct the path"
+    sites = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if sites and not (folder / CONFIG).exists() and not (folder / MANIFEST).exists():
+        return f"{name}: no site folder itself, but it holds some: give one of {', '.join(sites)}"
+    return None
+
+
+def summarised(problems: Sequence[str], shown: int = 5) -> list[str]:
+    """The same problems by kind, of each kind the first `shown` lines and then how many more there are, with their
+    rows.
+
+    Lines are of one kind when they differ only in quoted text, numbers and names of files.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        words = re.sub("'[^']*'", "'", problem).split()
+        kinds.setdefault(" ".join(word for word in words if not re.search(r"[\d/#]|\.\w", word)), []).append(problem)
+    lines = []
+    for same in kinds.values():
+        lines += same[:shown]
+        if rest := same[shown:]:
+            rows = [int(row[1]) for line in rest if (row := re.search(r" row (\d+): ", line))]
+            lines.append(f"… and {len(rest)} more of this kind" + (f", rows {_ranges(rows)}" if rows else ""))
+    return lines
+
+
+def _ranges(rows: Sequence[int]) -> str:
+    """Ascending numbers in short: 2, 5 to 9."""
+    ranges: list[list[int]] = []
+    for row in rows:
+        if ranges and row <= ranges[-1][-1] + 1:
+            ranges[-1][1:] = [row]
+        else:
+            ranges.append([row])
+    return ", ".join(" to ".join(map(str, ends)) for ends in ranges)
 
 
 def _inspect_primary(
@@ -97,7 +138,8 @@ def _inspect_primary(
     names = [row.image for row in found.rows]
     found.pictures = load_pictures(folder, names, image_size, channels, config.window, root, threads=config.threads)
     by_row += [(found.rows[row].line, text) for row, text in found.pictures.errors.items()]
-    if not problems and not by_row:
+    labelled = any(config.labels)  # without, no class can be told from the other
+    if not problems and not by_row and labelled:
         try:
             found.stored_splits = stored_splits(folder, root)
             found.splits = assign_splits(found.rows, _content(found), found.stored_splits, config.split_seed)
@@ -105,7 +147,7 @@ def _inspect_primary(
             problems += error.problems
     by_row += _leaks(found)
     problems += [f"{MANIFEST} row {line}: {text}" for line, text in sorted(by_row)]
-    if not problems:
+    if not problems and labelled:
         problems += _class_problems(found, config)
     found.problems += problems
 

@@ -49,7 +49,11 @@ class Collection:
         if self.pixels is not None:
             return self.pixels[row]
         assert self.paths is not None
-        return read_image(self.paths[row])
+        path = self.paths[row]
+        try:
+            return read_image(path)
+        except UserError as error:  # it names the file alone, and several folders may hold one of that name
+            raise UserError(f"{self.ids[row]}{str(error).removeprefix(path.name)}") from error
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> Collection:
         rows = np.asarray(rows, dtype=np.int64)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from heterosync import pulse
 from heterosync.data.images import content_hash
 from heterosync.data.packs import split_entry
 from heterosync.data.readers import ImageReader, Window, to_size
@@ -85,6 +86,7 @@ class Decoding:
             return str(error)
 
     def _one(self, row: int, image: np.ndarray | str | None) -> tuple[int, str | tuple[np.ndarray | None, str]]:
+        pulse.beat()
         image = self._read(row) if image is None else image
         if isinstance(image, str):
             return row, image

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Collection as Names
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,13 +258,20 @@ def _as_uint8(file: Path, images: np.ndarray) -> np.ndarray:
     """Scaled image by image, exactly as a site folder's reader would."""
     if images.ndim not in (3, 4):
         raise UserError(f"{file}: images have shape {images.shape}; needed: (n, h, w) or (n, h, w, 3)")
-    scaled = []
-    for row, image in enumerate(images):
+    return np.stack(_every(lambda row: to_uint8(images[row]), range(len(images)), f"{file} image {{}}: ".format))
+
+
+def _every(read: Callable[[Any], np.ndarray], names: Iterable[Any], where: Callable[[Any], str]) -> list[np.ndarray]:
+    """`read` of all names; raises `ProblemList` with every one that fails, each behind `where`."""
+    images, problems = [], []
+    for name in names:
         try:
-            scaled.append(to_uint8(image))
+            images.append(read(name))
         except UserError as error:
-            raise UserError(f"{file} image {row}: {error}") from error
-    return np.stack(scaled)
+            problems.append(f"{where(name)}{error}")
+    if problems:
+        raise ProblemList(problems)
+    return images
 
 
 def _pixels_or_paths(file: Path, names: list[str]) -> dict[str, Any]:
@@ -275,7 +282,7 @@ def _pixels_or_paths(file: Path, names: list[str]) -> dict[str, Any]:
     if not all(packed):
         raise UserError(f"{file}: some images are entries of an .npz pack and some are files: use one kind")
     reader = ImageReader(file.parent)
-    images = [reader.read(name) for name in names]
+    images = _every(reader.read, names, lambda name: "")  # the reader names the entry itself
     if len({image.shape for image in images}) > 1:
         raise UserError(f"{file}: the packs hold images of different sizes: make one collection per size")
     return {"pixels": np.stack(images)}

@@ -110,20 +110,19 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 
 def read_site_config(folder: Path | str) -> SiteConfig:
     """Read `<folder>/site.yaml`. Raises `ProblemList` with every missing, unknown or wrong key."""
-    try:
-        # BaseLoader keeps every scalar as text: YAML would read the labels [no, yes] as booleans and [0, 1] as numbers
-        given = yaml.load((Path(folder) / CONFIG).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except FileNotFoundError:
-        raise ProblemList([f"{CONFIG}: the file is missing: write it with the keys task and labels"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProblemList([f"{CONFIG}: not readable ({type(error).__name__}): save it as UTF-8 text"]) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ProblemList([f"{CONFIG}{where}: not valid YAML: write one 'key: value' per line"]) from error
-    if not isinstance(given, dict):
-        raise ProblemList([f"{CONFIG}: holds no keys: write one 'key: value' per line, at least task and labels"])
+    config, problems = parse_site_config(folder)
+    if problems:
+        raise ProblemList(problems)
+    return config
 
+
+def parse_site_config(folder: Path | str) -> tuple[SiteConfig, list[str]]:
+    """What could be read of `<folder>/site.yaml`, and one line for each problem; what is wrong has its default, wrong
+    labels are two empty names."""
+    try:
+        given = _read_yaml(folder)
+    except UserError as error:
+        return SiteConfig("", ("", "")), [str(error)]
     known = {item.name: item for item in fields(SiteConfig) if item.name != "own"}
     problems = [f"{CONFIG}: unknown key '{key}': {nearest(str(key), known)}" for key in given if key not in known]
     values: dict[str, Any] = {}
@@ -137,12 +136,28 @@ def read_site_config(folder: Path | str) -> SiteConfig:
             values[name] = _CONVERT.get(name, _text)(given[name])
         except ValueError as error:
             problems.append(f"{CONFIG}: {name} = {given[name]!r}: {error}")
-    columns = [values.get(name, known[name].default) for name in known if name.endswith("_column")]
-    if len(set(columns)) < len(columns):
+    columns = {name: values.get(name, known[name].default) for name in known if name.endswith("_column")}
+    if len(set(columns.values())) < len(columns):
         problems.append(f"{CONFIG}: two of the column keys name the same column: give each its own")
-    if problems:
-        raise ProblemList(problems)
-    return SiteConfig(**values, own=frozenset(values))
+        values = {name: value for name, value in values.items() if name not in columns}
+    return SiteConfig(**{"task": "", "labels": ("", ""), **values}, own=frozenset(values)), problems
+
+
+def _read_yaml(folder: Path | str) -> dict[Any, Any]:
+    try:
+        # BaseLoader keeps every scalar as text: YAML would read the labels [no, yes] as booleans and [0, 1] as numbers
+        given = yaml.load((Path(folder) / CONFIG).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+    except FileNotFoundError:
+        raise UserError(f"{CONFIG}: the file is missing: write it with the keys task and labels") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{CONFIG}: not readable ({type(error).__name__}): save it as UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{CONFIG}{where}: not valid YAML: write one 'key: value' per line") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{CONFIG}: holds no keys: write one 'key: value' per line, at least task and labels")
+    return given
 
 
 # ------------------------------------------------------------------------------------------------------- manifest.csv
@@ -157,7 +172,8 @@ def read_manifest(folder: Path | str, config: SiteConfig) -> list[Row]:
 
 
 def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], list[str]]:
-    """The good rows of the manifest and one line for each problem."""
+    """The good rows of the manifest and one line for each problem; labels are not judged where the configured ones are
+    empty (see `parse_site_config`)."""
     try:
         table = read_csv(Path(folder) / MANIFEST, MANIFEST)
     except UserError as error:
@@ -185,7 +201,7 @@ def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], l
         ragged = table.ragged(values)
         if ragged:
             wrong = wrong or ragged
-        elif label not in config.labels:
+        elif any(config.labels) and label not in config.labels:
             known = " nor ".join(f"'{name}'" for name in config.labels)
             wrong = wrong or f"label '{label}' is neither {known}: correct the row or labels in {CONFIG}"
         elif split is not None and split not in SPLITS:
@@ -193,7 +209,8 @@ def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], l
         if wrong:
             problems.append(f"{MANIFEST} row {line}: {wrong}")
         else:
-            rows.append(Row(line, image, config.labels.index(label), row.get(config.patient_column) or None, split))
+            positive = label == config.labels[1]
+            rows.append(Row(line, image, int(positive), row.get(config.patient_column) or None, split))
     return rows, problems
 
 

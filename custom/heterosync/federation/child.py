@@ -6,6 +6,7 @@ the work folder. Only the standard library is imported before stdout is out of r
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import queue
@@ -18,7 +19,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from heterosync import pulse
 from heterosync.errors import UserError
+
+_BEAT = 1.0  # least seconds between two signs of life
 
 
 def main() -> None:
@@ -46,9 +50,13 @@ def main() -> None:
     # Ctrl-C goes to the whole terminal; the parent decides what it means for the trainer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    faulthandler.register(signal.SIGUSR1)  # the parent asks a hung trainer where it hangs; the log gets the answer
+    saying = threading.Lock()  # images are read, and beats come, on several threads
+
     def say(message: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
+        with saying:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
 
     options = json.loads(requests.get())
     now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -73,6 +81,8 @@ class _Server:
         self._options, self._say = options, say
         self._work = Path(options["work"])
         self._trainer: Any = None
+        self._beaten = 0.0
+        pulse.listen(self._beat)
 
     def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from heterosync.federation.tensorfile import TensorFile
@@ -94,6 +104,12 @@ class _Server:
         if call == "validate":
             return {"value": self._trainer.validate(shared=shared, **arguments)}
         raise ValueError(f"unknown call '{call}'")
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._beaten >= _BEAT:
+            self._beaten = now
+            self._say({"alive": True})
 
     def _progress(self, line: str) -> None:
         print(line, flush=True)

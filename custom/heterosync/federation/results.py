@@ -1,4 +1,4 @@
-"""The record of a run, whole on disk after every round (DESIGN 7)."""
+"""The record of a run, whole on disk after every round."""
 
 from __future__ import annotations
 

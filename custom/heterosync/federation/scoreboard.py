@@ -1,4 +1,4 @@
-"""Which global model is the best, and whether the validation AUC has stopped rising (methods.md 1.4)."""
+"""Which global model is the best, and whether the validation AUC has stopped rising (paper, Model development)."""
 
 from __future__ import annotations
 

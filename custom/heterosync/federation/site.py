@@ -75,7 +75,7 @@ def thread_count(configured: int | None, environ: Mapping[str, str] = os.environ
 class SiteTrainer:
     """Answers the three questions of a federation for one site: check_in, train, validate.
 
-    folder: the site folder (DESIGN 4). work: this site's folder of this run; another SiteTrainer on the same folder
+    folder: the site folder (docs/data.md). work: this site's folder of this run; another SiteTrainer on the same folder
     goes on where this one stopped. method_settings, training: what differs from the defaults; the site's own batch size
     and device (site.yaml) win. log: gets one line per local epoch.
 

@@ -29,7 +29,7 @@ METRICS: frozenset[str] = frozenset(
         "n_validation",
         "steps",
         "seconds",
-        # diagnostics of HeteroSync Learning (methods.md 2.10)
+        # diagnostics of HeteroSync Learning (models/mechanism.py)
         "anchor_gradient_ratio",
         "partner_effect",
         "mixture_share",

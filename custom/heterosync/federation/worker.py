@@ -22,21 +22,26 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from heterosync.errors import HeteroSyncError, TrainerDied, UserError
+from heterosync.errors import HeteroSyncError, TrainerDied, TrainerHung, UserError
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.tensorfile import TensorFile
 from heterosync.files import explained, make_folder
 
 _POLL = 0.1  # seconds between looks at `abort`
 _GRACE = 5.0  # seconds that an idle child gets to end by itself
+_DUMP = 0.5  # seconds that a hung child gets to write down where it hangs
+
+#: Seconds without a sign of life after which a trainer counts as hung.
+STALL = 3600.0
 
 
 class TrainerProcess:
     """The trainer of one site behind a pipe; the same calls and errors as `SiteTrainer`, plus `TrainerDied`.
 
-    timeout: seconds that one call may take (None: no limit). abort: polled while waiting; when it says True the trainer
-    is killed. Every call starts a trainer when none lives, so the call after a death just works. `close` may be called
-    from another thread and ends a waiting call with `TrainerDied`.
+    timeout: seconds that one call may take (None: no limit). stall: seconds without a sign of life (see pulse.py: one
+    per batch and per image read, so slow is not hung) after which the trainer is killed (None: no limit). abort: polled
+    while waiting; when it says True the trainer is killed. Every call starts a trainer when none lives, so the call
+    after a death just works. `close` may be called from another thread and ends a waiting call with `TrainerDied`.
     """
 
     def __init__(
@@ -50,8 +55,10 @@ class TrainerProcess:
         log: Callable[[str], None] | None = None,
         timeout: float | None = None,
         abort: Callable[[], bool] | None = None,
+        stall: float | None = STALL,
     ):
         self.site, self.work, self.timeout, self.abort = site, Path(work).absolute(), timeout, abort
+        self.stall = stall
         self._options = {
             "site": site,
             "folder": str(Path(folder).absolute()),
@@ -124,7 +131,9 @@ class TrainerProcess:
 
     def _wait(self, child: subprocess.Popen[str], name: str) -> dict[str, Any]:
         deadline = time.monotonic() + self.timeout if self.timeout is not None else None
+        log = self.work / "trainer.log"
         answers = self._answers
+        heard = time.monotonic()
         while True:
             if self.abort is not None and self.abort():
                 raise TrainerDied(f"site {self.site}: trainer stopped during {name}: the job was aborted")
@@ -133,15 +142,23 @@ class TrainerProcess:
             try:
                 line = answers.get(timeout=_POLL)
             except queue.Empty:
+                if self.stall is not None and time.monotonic() - heard > self.stall:
+                    child.send_signal(signal.SIGUSR1)
+                    time.sleep(_DUMP)
+                    silent = f"trainer killed: no sign of life for {self.stall:g} s during {name}"
+                    raise TrainerHung(f"site {self.site}: {silent}; the end of {log} says where it hung") from None
                 continue
+            heard = time.monotonic()
             if line is None:
                 self._stop(_GRACE)
-                hint = f"the end of {self.work / 'trainer.log'} may say why"
+                hint = f"the end of {log} may say why"
                 raise TrainerDied(f"site {self.site}: trainer ended {_how(child.wait())} during {name}; {hint}")
             try:
                 answer = json.loads(line)
             except ValueError:
                 continue  # something printed while Python itself was starting
+            if "alive" in answer:
+                continue
             if "progress" in answer:
                 self._log(answer["progress"])
             elif "user_error" in answer:

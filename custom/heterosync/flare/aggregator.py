@@ -19,6 +19,7 @@ from heterosync.federation.contribution import Contribution
 from heterosync.federation.fusion import Fusion
 from heterosync.federation.wire import Blocked, WirePolicy, payload_bytes
 from heterosync.flare import messages
+from heterosync.flare.supervised import guarded
 from heterosync.methods import get_method
 
 
@@ -48,23 +49,21 @@ class EqualWeightAggregator(Aggregator):
         self.payload: dict[str, int] = {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.START_RUN:
-            messages.register_tensors()
-        elif event_type == AppEventType.ROUND_STARTED:
-            with self._lock:
-                self._start(fl_ctx)
+        if event_type == AppEventType.ROUND_STARTED:
+            guarded(self, fl_ctx, self._start, fl_ctx)
         elif event_type == EventType.END_RUN and self._spill is not None:
             shutil.rmtree(self._spill, ignore_errors=True)
 
     def _start(self, fl_ctx: FLContext) -> None:
-        state = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS] or {}
-        self._round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
-        if self._fusion is None:
-            self._spill = messages.run_folder(fl_ctx) / "contributions"
-            self._fusion = Fusion(state, get_method(self._method).weighting, self._method, spill=self._spill)
-        self._fusion.start(self._round)
-        self.metrics, self.refused, self.payload = {}, {}, {}
-        self._open = True
+        with self._lock:
+            state = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS] or {}
+            self._round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+            if self._fusion is None:
+                self._spill = messages.run_folder(fl_ctx) / "contributions"
+                self._fusion = Fusion(state, get_method(self._method).weighting, self._method, spill=self._spill)
+            self._fusion.start(self._round)
+            self.metrics, self.refused, self.payload = {}, {}, {}
+            self._open = True
 
     def close(self) -> None:
         """End the round: whatever a site answers from now on is refused."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ class HeteroSyncController(SupervisedRounds):
             allow_empty_global_weights=True,  # methods whose weights stay at the sites
             task_check_period=CHECK_PERIOD,
             snapshot_every_n_rounds=0,
-            memory_gc_rounds=0,  # a full collection takes half a second and frees nothing: no cycle holds a tensor
+            memory_gc_rounds=0,  # `SupervisedRounds` collects while a task is out, when it matters
             enable_tensor_disk_offload=uploads_to_disk,
         )
         self._method_name, self._settings, self._training = method, method_settings or {}, training or {}
@@ -81,6 +81,7 @@ class HeteroSyncController(SupervisedRounds):
         """Check every setting before any site is asked for anything."""
         self._folder = messages.run_folder(fl_ctx)
         try:
+            messages.register_tensors()
             training = TrainingSettings.from_dict(self._training)
             method = make_method(self._method_name, self._settings, training)
             self._num_rounds = training.rounds
@@ -138,7 +139,10 @@ class HeteroSyncController(SupervisedRounds):
             raise Stopped(f"{len(self._sites)} sites take part ({here}), the job's min_clients is {self._min_clients}")
         what = "the check-in"
         answers = self._ask(messages.CHECK_IN, messages.scalars_message({}), what, abort_signal, fl_ctx)
-        reports = self._enough(answers, what)
+        problems = self._lacking(answers, what)
+        if problems:
+            raise Stopped("\n".join(problems))
+        reports = answers.good
         least = max(self._min_clients, 2 if self._weights_leave else 1)
         problems = checkin.compare(reports, self._anchors_may_differ, min_sites=least)
         if problems:
@@ -209,34 +213,51 @@ class HeteroSyncController(SupervisedRounds):
     # -- after the last round ------------------------------------------------------------------------------------------
 
     def _finish(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Score the last fusion, then test what is worth testing at every site."""
+        """Score the last fusion, then test what is worth testing at every site.
+
+        Raises `Stopped` only after the tests, when too few sites answered to any of it: what can be known is recorded.
+        """
         if not self._weights_leave:
-            self._test({OWN_MODEL: {}}, abort_signal, fl_ctx)
-            return
-        last = self._global_weights[ModelLearnableKey.WEIGHTS]
-        answers, what = self._validate("last", last, "validation", abort_signal, fl_ctx)
-        aucs = {site: values.get("auc") for site, values in self._enough(answers, what).items()}
-        self._judge(self._current_round, aucs)
+            problems = self._test({OWN_MODEL: dict}, abort_signal, fl_ctx)
+        else:
+            problems = self._score_last_fusion(abort_signal, fl_ctx)
+            models: dict[str, Callable[[], Mapping[str, Any]]] = {"last": self._last_state}
+            if self._scores.best is not None:  # none when the only fusion of the job was not scored by enough sites
+                models = {"best": lambda: load_model(self._folder / BEST_MODEL).state, **models}
+            problems += self._test(models, abort_signal, fl_ctx)
+        if problems:
+            raise Stopped("\n".join(problems))
+
+    def _last_state(self) -> Mapping[str, Any]:
+        return self._global_weights[ModelLearnableKey.WEIGHTS]
+
+    def _score_last_fusion(self, abort_signal: Signal, fl_ctx: FLContext) -> list[str]:
+        """Let the last fusion compete for the best model, unless too few sites scored it; the problem then."""
+        answers, what = self._validate("last", self._last_state(), "validation", abort_signal, fl_ctx)
+        if answers.failed:
+            self._recorder.note(not_validated=answers.failed)
+        aucs = {site: values.get("auc") for site, values in answers.good.items()}
+        problems = self._lacking(answers, what)
+        if not problems:
+            self._judge(self._current_round, aucs)
         self._recorder.validation(self._current_round, aucs)
         self._recorder.note(best_round=self._scores.best, plateau_round=self._scores.plateau)
-        best = load_model(self._folder / BEST_MODEL).state
-        self._test({"best": best, "last": last}, abort_signal, fl_ctx)
+        return problems
 
-    def _test(self, models: Mapping[str, Mapping[str, Any]], abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Test every model and record what comes in. Raises `Stopped` at the end when too few sites answered."""
-        missing, problems = {}, []
+    def _test(
+        self, models: Mapping[str, Callable[[], Mapping[str, Any]]], abort_signal: Signal, fl_ctx: FLContext
+    ) -> list[str]:
+        """Test one model after the other, each read when its turn comes; record what comes in, return the problems."""
+        missing: dict[str, dict[str, str]] = {}
+        problems: list[str] = []
         for name, state in models.items():
             record = partial(self._recorder.tested, name)
-            answers, what = self._validate(name, state, "test", abort_signal, fl_ctx, record)
+            answers, what = self._validate(name, state(), "test", abort_signal, fl_ctx, record)
             if answers.failed:
                 missing[name] = answers.failed
                 self._recorder.note(not_tested=missing)
-            try:
-                self._enough(answers, what)
-            except Stopped as problem:
-                problems.append(str(problem))
-        if problems:
-            raise Stopped("\n".join(problems))
+            problems += self._lacking(answers, what)
+        return problems
 
     def _validate(
         self, name: str, state: Mapping[str, Any], split: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None

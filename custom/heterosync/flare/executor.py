@@ -17,7 +17,7 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 
 from heterosync.data.site import find_site_folder
-from heterosync.errors import TrainerDied, UserError
+from heterosync.errors import TrainerDied, TrainerHung, UserError
 from heterosync.federation.wire import reportable
 from heterosync.flare import messages
 
@@ -51,6 +51,7 @@ class HeteroSyncExecutor(Executor):
         self._in_process = in_process
         self._trainer: Any = None
         self._lock = threading.Lock()
+        self._problems: list[str] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
@@ -58,12 +59,16 @@ class HeteroSyncExecutor(Executor):
             self.logger.info("site %s: %s", fl_ctx.get_identity_name(), messages.READY)
         elif event_type in (EventType.ABORT_TASK, EventType.END_RUN, EventType.SWAP_OUT):
             self._close()
+        if event_type == EventType.END_RUN:
+            for line in dict.fromkeys(self._problems):  # once more, below the server's last word
+                self.logger.warning("%s%s", messages.PROBLEM, line)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Answer one task. Never raises: FLARE would stream the traceback, with all it quotes, to the server."""
         try:
             round_ = shareable.get_header(AppConstants.CURRENT_ROUND)
             fl_ctx.set_prop(messages.ROUND, round_, private=True, sticky=False)
+            reason = ""
             for attempt in (1, 2):
                 try:
                     trainer = self._get_trainer(fl_ctx)
@@ -73,9 +78,11 @@ class HeteroSyncExecutor(Executor):
                     self._close()
                     if abort_signal.triggered:
                         return make_reply(ReturnCode.TASK_ABORTED)
+                    reason = "hung" if isinstance(death, TrainerHung) else "died"
                     self.logger.warning("%s (%s)", death, "it starts again" if attempt == 1 else "no third attempt")
-            self._say_here(f"site {fl_ctx.get_identity_name()}: the trainer died twice in task {task_name}")
-            return messages.refusal("died")
+            site = fl_ctx.get_identity_name()
+            self._say_here(f"site {site}: the trainer {reason} in task {task_name}, also when tried again")
+            return messages.refusal(reason)
         except UserError as error:
             for line in str(error).splitlines():
                 self._say_here(line)
@@ -89,6 +96,7 @@ class HeteroSyncExecutor(Executor):
 
     def _say_here(self, line: str, details: str = "") -> None:
         """Log a line that must stay here: no FLARE event, and not level ERROR, which is streamed to the server."""
+        self._problems.append(line)
         self.logger.warning("%s%s%s", messages.PROBLEM, line, "\n" + details if details else "")
 
     def _answer(self, trainer: Any, task_name: str, task: Shareable) -> Shareable:

@@ -101,12 +101,16 @@ def build_job(method: str, folder: Path | str, options: JobOptions | None = None
     byoc: pack this package into `app/custom`, for alliances whose sites let a job bring its own code; without it, what
     an earlier job of that kind left there is removed.
 
-    Every setting is checked before anything is written. Raises `UserError`.
+    Every setting is checked before anything is written; an earlier job at `folder` is replaced. Raises `UserError`,
+    also when other files stand there.
     """
     options = options or JobOptions()
     get_method(method)
     made = make_method(method, options.method_settings, options.training_settings())
+    if options.anchors_may_differ and not made.uses_anchor:
+        raise UserError(f"job option anchors_may_differ: '{method}' has no anchor task with these settings: leave it")
     folder = Path(folder)
+    replaces_job(folder)
     write_json(folder / "meta.json", meta(method, options))
     config = folder / APP / "config"
     write_json(config / "config_fed_server.json", server_config(method, options))
@@ -114,6 +118,18 @@ def build_job(method: str, folder: Path | str, options: JobOptions | None = None
     write_text(folder / "README.md", readme(made, options, byoc))
     _pack_package(folder / APP / "custom", byoc)
     return folder
+
+
+def replaces_job(folder: Path | str) -> bool:
+    """Whether a job that this builder wrote stands at `folder`. Raises `UserError` when anything else stands there."""
+    folder = Path(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    try:
+        read_learning(folder)
+        return True
+    except UserError:
+        raise UserError(f"{folder} holds files that are no heterosync job: remove them or choose another one") from None
 
 
 def _pack_package(custom: Path, byoc: bool) -> None:

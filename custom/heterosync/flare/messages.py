@@ -35,8 +35,9 @@ ROUND = "heterosync_round"
 REASON = "heterosync_reason"
 
 REASONS: dict[str, str] = {
-    "mend": "its data or settings need mending; the line that says what is in the site's own log.txt",
+    "mend": "its data or settings need mending; see the line PROBLEM in the site's own log.txt (a simulation: above)",
     "died": "its trainer process ended twice on this task (out of memory?); see trainer.log at the site",
+    "hung": "its trainer process made no progress and was killed, twice on this task; see trainer.log at the site",
     "blocked": "its outbound filter blocked the message; see audit.jsonl at the site",
     "defect": "an unexpected error; its traceback is in the site's own log.txt",
 }

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
@@ -33,10 +32,6 @@ class GlobalModelPersistor(ModelPersistor):
     def __init__(self, method: str, method_settings: dict | None = None, training: dict | None = None):
         super().__init__()
         self._method, self._settings, self._training = method, method_settings or {}, training or {}
-
-    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.START_RUN:
-            messages.register_tensors()
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
         """The state before the first round. Raises `UserError` for unknown settings."""

@@ -70,8 +70,9 @@ class Output:
         if text.startswith(messages.PROBLEM):
             text = text.removeprefix(messages.PROBLEM)
             group = self._of_server if logger.endswith("HeteroSyncController") else self._of_sites
-            if text not in group:
-                group.append(text)
+            if text in group:  # a site repeats its problems at the end, for those who run FLARE's plain command
+                return
+            group.append(text)
         elif text.endswith(messages.READY):
             self.ready.add(text)
             return

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
+from nvflare.fuel.utils.memory_utils import cleanup_memory
 
 from heterosync.errors import HeteroSyncError
 from heterosync.federation.wire import WirePolicy
 from heterosync.flare import messages
 
 CHECK_PERIOD = 0.05  # seconds
+_COLLECT_PERIOD = 0.5  # seconds
 
 log = logging.getLogger("heterosync")
 
@@ -47,7 +53,10 @@ class SupervisedRounds(ScatterAndGather):
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
         if event_type == EventType.FATAL_SYSTEM_ERROR:  # our own `_stop`, or FLARE's word on what failed within it
-            self._note_cause(str(fl_ctx.get_prop(FLContextKey.EVENT_DATA, "no reason given")), fl_ctx)
+            reason = str(fl_ctx.get_prop(FLContextKey.EVENT_DATA, "no reason given"))
+            self._note_cause(reason, fl_ctx)
+            # What we log is an event too and took its place; FLARE's own handler comes next and prints it.
+            fl_ctx.set_prop(FLContextKey.EVENT_DATA, reason, private=True, sticky=False)
 
     def _guarded(self, fl_ctx: FLContext, what: Callable[..., None], *args: Any) -> None:
         """Call `what`; an exception stops the job. FLARE only logs those of event handlers and callbacks."""
@@ -70,7 +79,11 @@ class SupervisedRounds(ScatterAndGather):
 
     def broadcast_and_wait(self, task: Task, fl_ctx: FLContext, *args: Any, **options: Any) -> None:
         """As FLARE's, but only to the sites that take part, also for the training tasks of ScatterAndGather."""
-        super().broadcast_and_wait(task, fl_ctx, list(self._sites), *args, **options)
+        with _transfers_collected():
+            super().broadcast_and_wait(task, fl_ctx, list(self._sites), *args, **options)
+
+    def _process_train_result(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        self._guarded(fl_ctx, super()._process_train_result, client_task, fl_ctx)
 
     def _prepare_train_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         super()._prepare_train_task_data(client_task, fl_ctx)
@@ -106,15 +119,21 @@ class SupervisedRounds(ScatterAndGather):
             self.log_warning(fl_ctx, f"{what}: site {site} failed: {messages.NO_ANSWER}")
         return answers
 
-    def _enough(self, answers: messages.Answers, what: str) -> dict[str, dict[str, Any]]:
-        """Site -> scalars. Raises `Stopped` when too few sites answered."""
-        if len(answers.good) < self._min_clients:
-            raise Stopped(self._too_few(what, answers.failed))
-        return answers.good
+    def _lacking(self, answers: messages.Answers, what: str) -> list[str]:
+        """The problem, naming who is missing, when too few sites answered; else nothing."""
+        return [self._too_few(what, answers.failed)] if len(answers.good) < self._min_clients else []
 
     def _too_few(self, where: str, absent: Mapping[str, str]) -> str:
         why = "; ".join(f"site {site}: {reason}" for site, reason in sorted(absent.items())) or messages.NO_ANSWER
         return f"{where}: fewer than the {self._min_clients} sites that the job needs contribute: {why}"
+
+
+def guarded(component: FLComponent, fl_ctx: FLContext, what: Callable[..., None], *args: Any) -> None:
+    """`_guarded` for the server's other components; the controller puts the cause on record."""
+    try:
+        what(*args)
+    except Exception as error:
+        component.system_panic("; ".join(cause_of(error).splitlines()), fl_ctx)
 
 
 def cause_of(error: Exception) -> str:
@@ -123,6 +142,30 @@ def cause_of(error: Exception) -> str:
         return str(error)
     log.error("an unexpected error ends the job", exc_info=error)
     return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _transfers_collected() -> Iterator[None]:
+    """Collect garbage while a task is out and after it, and give the memory back to the system.
+
+    FLARE 2.9.0's finished transfers are cycles that hold the bytes sent: without this they pile up over the tasks.
+    """
+    done = threading.Event()
+
+    def collect() -> None:
+        while not done.wait(_COLLECT_PERIOD):
+            cleanup_memory()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    gc.freeze()  # what lives by now is set aside for the time being, which makes the collections quick
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        cleanup_memory()
+        gc.unfreeze()
 
 
 def _send_without_copy(client_task: ClientTask, fl_ctx: FLContext) -> None:

@@ -54,12 +54,12 @@ class Method(ABC):
 
     Class attributes:
         name, title     as in a job and as in a report
-        status          "exact", "code-faithful", "corrected" or "reconstruction" (methods.md, provenance marks)
+        status          "exact", "code-faithful", "corrected" or "reconstruction" with respect to the citation
         citation        the source in one line
-        leaves          all that leaves a site, in plain words with its privacy class (methods.md 1.7): the method's own
-                        tensors, then `COMMON_LEAVES`
+        leaves          all that leaves a site, in plain words with its privacy class (the job's README explains them):
+                        the method's own tensors, then `COMMON_LEAVES`
         weighting       fusion weights: "equal", "samples", or "none" (nothing is exchanged)
-        personal        each site is tested with its own model (methods.md 1.5)
+        personal        each site is tested with its own model
         uses_anchor     the loss needs the anchor task
         Settings        frozen dataclass of the hyper-parameters
     """

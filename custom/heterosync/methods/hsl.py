@@ -26,7 +26,7 @@ class HSLSettings(PairedSettings):
 
 
 class HSL(Method):
-    """Hu et al. 2025, as the paper and the official code say, without the defects of the 2025 demo (methods.md 2)."""
+    """Hu et al. 2025, as the paper and the official code say, without the defects of the 2025 demo (docs/hsl.md)."""
 
     name = "hsl"
     title = "HeteroSync Learning"

@@ -1,4 +1,4 @@
-"""Local learning: every site trains alone, nothing is exchanged (methods.md 3.2)."""
+"""Local learning: every site trains alone, nothing is exchanged (paper, Real-world validation)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from heterosync.errors import UserError
 from heterosync.methods.base import COMMON_LEAVES, Method, Partner
 from heterosync.methods.paired import (
     PairedSettings,
@@ -27,17 +26,10 @@ class LocalSettings(PairedSettings):
 
     what: ClassVar[str] = "local"
 
-    network: str = setting("classifier", "[R] methods.md 3.2: plain ResNet18", choices=("classifier", "mmoe"))
+    network: str = setting("classifier", "[R] the paper does not name its network", choices=("classifier", "mmoe"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.network == "mmoe":
-            return
-        for item in fields(PairedSettings):
-            if getattr(self, item.name) != item.default:
-                raise UserError(
-                    f"local setting '{item.name}' counts for the MMoE only: set 'network' to mmoe or leave it"
-                )
+    def idle(self) -> dict[str, str]:
+        return {} if self.network == "mmoe" else {item.name: "network=mmoe" for item in fields(PairedSettings)}
 
 
 class Local(Method):

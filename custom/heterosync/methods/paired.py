@@ -19,7 +19,7 @@ from heterosync.training.seeds import stream
 
 @dataclass(frozen=True)
 class PairedSettings(Settings):
-    """The MMoE, its loss and its partner image (methods.md 2.2, 2.4, 2.6)."""
+    """The MMoE, its loss and its partner image (paper, Model development; details from the official code)."""
 
     what: ClassVar[str] = "method"
 
@@ -58,7 +58,7 @@ def paired_network(settings: PairedSettings, training: TrainingSettings, weights
 
 
 def paired_loss(settings: PairedSettings, model: nn.Module, batch: Batch) -> Tensor:
-    """L = w_1 BCE(primary) + w_2 BCE(anchor) (methods.md 2.4); a task of weight 0 is left out, not multiplied by 0."""
+    """L = w_1 BCE(primary) + w_2 BCE(anchor) (official code); a task of weight 0 is left out, not multiplied by 0."""
     logits = model(batch.images, batch.anchor_images)
     labels = (batch.labels, batch.anchor_labels)
     terms = [
@@ -77,11 +77,12 @@ def paired_predict(model: nn.Module, images: Tensor, partner: Tensor | str) -> T
 def paired_partner_rows(
     settings: PairedSettings, training: TrainingSettings, n_images: int, n_anchor: int
 ) -> np.ndarray | None:
-    """Anchor rows of the setting `test_partner`, fixed by the seed and equal at every site (methods.md 2.6).
+    """Anchor rows of the setting `test_partner`, fixed by the seed and equal at every site (docs/hsl.md, The partner
+    image).
 
     sat_index   (1, n): image i of a split with the i-th image of a shuffled anchor list, random ones beyond its length.
-                Reconstruction: the published script pairs by position with a separate anchor test set (methods.md 2.1
-                would draw 200:200, disjoint from the 2000 trained on), which is not available; the partners here come
+                Reconstruction: the published script pairs by position with a separate anchor test set, which is
+                not available (nor is its size given); the partners here come
                 from the anchor pack itself, which the network has trained on. `heterosync predict` (study/predict.py)
                 has no split whose order could count, and picks an image's partner by a hash of the image's content.
     sat_mean    (n_partners, n): the same partners for every image, from the anchor pack too
@@ -102,7 +103,7 @@ def paired_partner_rows(
 
 
 def paired_diagnostics(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """methods.md 2.10: anchor_gradient_ratio, partner_effect, mixture_share."""
+    """The coupling of the tasks (models/mechanism.py): anchor_gradient_ratio, partner_effect, mixture_share."""
     if not isinstance(model, MMoE) or batch.anchor_images is None or batch.anchor_labels is None:
         return {}
     return mechanism(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)

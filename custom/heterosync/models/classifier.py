@@ -1,4 +1,4 @@
-"""The single-task network: one ResNet with one logit (methods.md 1.2; 11,177,025 parameters at defaults)."""
+"""The single-task network: one ResNet with one logit (paper, Model development; 11,177,025 parameters at defaults)."""
 
 from __future__ import annotations
 

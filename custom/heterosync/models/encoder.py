@@ -1,4 +1,4 @@
-"""Image encoders: torchvision's ResNet18, and a ResNet of width 8 for the smoke profile (methods.md 1.2, 1.8)."""
+"""Image encoders: torchvision's ResNet18, and a ResNet of width 8 for the smoke profile (paper, Model development)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How strongly the anchor task reaches the primary task inside an MMoE (methods.md 2.10): three numbers per round."""
+"""How strongly the anchor task reaches the primary task inside an MMoE: three numbers per round."""
 
 from __future__ import annotations
 

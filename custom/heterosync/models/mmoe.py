@@ -1,4 +1,4 @@
-"""The two-task network of HSL: two encoders that meet in a multi-gate mixture of experts (methods.md 2.2, [C]).
+"""The two-task network of HSL: two encoders that meet in a multi-gate mixture of experts (paper, Fig. 1A).
 
     f_t = relu(encoder_t(x_t))              e = softmax([f_1, f_2] / T)        temperature over the joint features
     m_t = sum_j gate_t,j(e) expert_j(e)     logit_t = tower_t(m_t + skip_t(f_t))

@@ -129,8 +129,9 @@ def check_gpu() -> Check:
 
 
 def check_data(folder: Path) -> list[Check]:
-    """A site folder, or a folder of site folders; every problem of every site is one check."""
-    from heterosync.data.check import check_site
+    """A site folder, or a folder of site folders; every problem (many of one kind: their summary) is one check."""
+    from heterosync.data.check import inspect_site, summarised
+    from heterosync.training.checks import device_problem
 
     if not folder.is_dir():
         return [Check("data", PROBLEM, f"{folder} is not a folder", "Set HETEROSYNC_DATA or give --data")]
@@ -139,7 +140,9 @@ def check_data(folder: Path) -> list[Check]:
         return [Check("data", PROBLEM, f"no site.yaml in {folder} or one level below", "See `heterosync data --help`")]
     checks = []
     for site in sites:
-        problems = check_site(site)
+        found = inspect_site(site, None)
+        device = device_problem(found.config.device) if found.config else None
+        problems = summarised([*found.problems, *([f"site.yaml: {device}"] if device else [])])
         checks += [Check(f"data {site.name}", PROBLEM, problem) for problem in problems]
         if not problems:
             checks.append(Check(f"data {site.name}", OK, str(site)))

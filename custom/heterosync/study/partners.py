@@ -1,4 +1,4 @@
-"""The second image of the two-task network when it predicts (methods.md 2.6), and its place in a model file.
+"""The second image of the two-task network when it predicts (docs/hsl.md), and its place in a model file.
 
 A server has no anchor pack, so the model file of a run carries no partner images until somebody who has the pack puts
 them in.

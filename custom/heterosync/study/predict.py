@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from heterosync.data.packs import Pack
 from heterosync.data.readers import PILLOW_SUFFIXES, ImageReader, to_size
 from heterosync.data.site import CONFIG, MANIFEST, read_manifest, read_site_config
-from heterosync.errors import UserError
+from heterosync.errors import ProblemList, UserError
 from heterosync.federation.modelfile import ModelFile, load_model
 from heterosync.files import write_text
 from heterosync.methods.base import Method
@@ -70,12 +70,17 @@ def open_source(path: Path | str) -> Source:
         config = read_site_config(path)
         rows = read_manifest(path, config)
         return Source(ImageReader(path, config.window), [row.image for row in rows], [row.label for row in rows])
-    names = []
+    names, problems = [], []
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
             continue
-        names += _entries(file, name) or ([name] if name.lower().endswith(SUFFIXES) else [])
+        try:
+            names += _entries(file, name) or ([name] if name.lower().endswith(SUFFIXES) else [])
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ProblemList(problems)
     if not names:
         raise UserError(f"{path} holds no image: PNG, JPEG, DICOM (.dcm), NIfTI, .npy and .npz packs are read")
     return Source(ImageReader(path), names)
@@ -97,7 +102,8 @@ def predict(
     the same reason `sat_index` picks an image's partner by the image's content (reconstruction: the published script
     goes by position). `anchor` is a folder that holds anchor/, for a model file without partner images.
 
-    Raises `UserError` for an unreadable image and for a partner that neither the file nor `anchor` provides.
+    Raises `ProblemList` with every unreadable image and `UserError` for a partner that neither the file nor `anchor`
+    provides.
     """
     file = model if isinstance(model, ModelFile) else load_model(model)
     source = source if isinstance(source, Source) else open_source(source)
@@ -107,9 +113,15 @@ def predict(
     place = open_device(device)
     network = network.to(place)
     partners = None if partners is None else partners.to(place)
-    probabilities = np.array(
-        [_score(method, network, pixels.to(place), partner, partners) for pixels in _read(source, method, batch_size)]
-    )
+    scores, problems = [], []
+    for read in _read(source, method, batch_size):
+        if isinstance(read, str):
+            problems.append(read)
+        elif not problems:  # otherwise the rest is only read, to name all that is damaged
+            scores.append(_score(method, network, read.to(place), partner, partners))
+    if problems:
+        raise ProblemList(problems)
+    probabilities = np.array(scores)
     if not np.isfinite(probabilities).all():
         name = source.names[int(np.flatnonzero(~np.isfinite(probabilities))[0])]
         raise UserError(f"{name}: the model gives a score that is not finite; its weights are damaged")
@@ -139,12 +151,15 @@ def _score(method: Method, network: nn.Module, image: Tensor, partner: str, part
         return float(scores.double().mean())
 
 
-def _read(source: Source, method: Method, batch_size: int) -> Iterator[Tensor]:
-    """Float32 (1, c, h, w) per image, in order."""
+def _read(source: Source, method: Method, batch_size: int) -> Iterator[Tensor | str]:
+    """Float32 (1, c, h, w) per image, or what is wrong with it, in order."""
     settings = method.training
 
-    def read(name: str) -> Tensor:
-        pixels = to_size(source.reader.read(name), settings.image_size, settings.channels)
+    def read(name: str) -> Tensor | str:
+        try:
+            pixels = to_size(source.reader.read(name), settings.image_size, settings.channels)
+        except UserError as error:
+            return str(error)
         return torch.from_numpy(np.array(pixels)).float().div_(255).unsqueeze(0)
 
     with ThreadPoolExecutor(max_workers=4) as pool:

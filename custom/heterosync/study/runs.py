@@ -1,4 +1,4 @@
-"""Runs read back from their result files: run.json, history.csv, cross_site_metrics.json (DESIGN 7), and nothing
+"""Runs read back from their result files: run.json, history.csv, cross_site_metrics.json, and nothing
 else."""
 
 from __future__ import annotations

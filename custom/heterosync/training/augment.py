@@ -1,4 +1,4 @@
-"""Train-time augmentation: rotation within +-15 degrees and a horizontal flip with chance 1/2 (methods.md 1.3, [C]).
+"""Train-time augmentation: rotation within +-15 degrees and a horizontal flip with chance 1/2 (official code).
 
 Whole batches at once, one angle and flip per image; values stay in [0, 1], no normalisation. The published code calls
 torchvision's RandomRotation(15), whose default takes the nearest pixel and fills with black; so does this.

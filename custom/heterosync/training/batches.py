@@ -1,4 +1,4 @@
-"""Which images a local epoch sees, in which order and in which pairs (methods.md 2.4, the same for every method)."""
+"""Which images a local epoch sees, in which order and in which pairs: as the official code, for every method."""
 
 from __future__ import annotations
 

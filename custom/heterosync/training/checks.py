@@ -28,13 +28,19 @@ def check_fit(site: str, method: Learner, data: SiteData, device: torch.device, 
 
 def check_device(site: str, device: torch.device) -> None:
     """This machine has the device."""
-    here = True
+    problem = device_problem(str(device))
+    if problem:
+        raise UserError(f"site {site}: {problem}")
+
+
+def device_problem(name: str) -> str | None:
+    """One line when this machine lacks the device of that name, as site.yaml writes it (`auto` is always there)."""
+    here, device = True, torch.device("cpu" if name == "auto" else name)
     if device.type == "cuda":
         here = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     elif device.type == "mps":
         here = torch.backends.mps.is_available() and not device.index
-    if not here:
-        raise UserError(f"site {site}: device '{device}' is not there: set device in site.yaml to cpu or auto")
+    return None if here else f"device '{name}' is not there: set device in site.yaml to cpu or auto"
 
 
 def check_trainable(site: str, method: Learner, data: SiteData) -> None:

@@ -1,4 +1,4 @@
-"""Scoring images: every image exactly once, in order, without balancing or augmentation (methods.md 2.6)."""
+"""Scoring images: every image exactly once, in order, without balancing or augmentation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from heterosync import pulse
 from heterosync.data.images import Images
 from heterosync.errors import UserError
 from heterosync.training.feed import Feed
@@ -51,6 +52,7 @@ def score(
     try:
         with torch.inference_mode(), autocast(device, precision):
             for start in range(0, len(rows), size):
+                pulse.beat()
                 part = slice(start, start + size)
                 batch = feed.batch(rows[part]).contiguous(memory_format=torch.channels_last)
                 if partners is None:

@@ -1,4 +1,8 @@
-"""Metrics of binary scores (methods.md 7.5): AUC, and accuracy, recall, precision at threshold 0.5."""
+"""Metrics of binary scores: AUC, and accuracy, recall, precision at threshold 0.5 (paper, Statistical analysis).
+
+They agree with scikit-learn's (a test holds this), but equal AUCs are equal to the last bit here, as choosing the later
+of two equal rounds needs; scikit-learn sums trapezia, which rounds differently for each curve.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, f
     """auc, ci_low, ci_high (95 %, of the AUC), accuracy, recall, precision, n, n_positive.
 
     A value that is not defined is None: AUC with one class, recall without positives. Precision without a positive
-    prediction is 0 (7.5).
+    prediction is 0, as in scikit-learn.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     positive, called = labels == 1, probabilities >= THRESHOLD

@@ -1,4 +1,4 @@
-"""The learning rate over the global epoch, counted through all rounds (methods.md 1.3, trap T12)."""
+"""The learning rate over the global epoch, counted through all rounds (paper, Model development)."""
 
 from __future__ import annotations
 

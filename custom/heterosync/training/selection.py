@@ -1,4 +1,4 @@
-"""Choosing a round and noticing a plateau by validation AUC (methods.md 1.4)."""
+"""Choosing a round and noticing a plateau by validation AUC (paper, Model development)."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ sources: [P] the HSL paper, [C] official code, [R] reconstruction, [own] a choic
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
@@ -14,6 +15,9 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from heterosync.errors import UserError, nearest
 
 T = TypeVar("T", bound="Settings")
+
+#: Values of `weights` that are no path.
+WEIGHTS = ("auto", "imagenet", "none")
 
 
 def setting(
@@ -41,6 +45,17 @@ class Settings:
             value = _typed(getattr(self, item.name), hints[item.name], name)
             _check_range(value, item.metadata, name)
             object.__setattr__(self, item.name, value)
+        idle = self.idle()
+        for item in fields(self):
+            if item.name in idle and getattr(self, item.name) != item.default:
+                raise UserError(
+                    f"{self.what} setting '{item.name}' counts only with {idle[item.name]}: set that too or leave it"
+                )
+
+    def idle(self) -> dict[str, str]:
+        """Settings that have no effect beside the values of the others: name -> the condition under which they count.
+        They are refused when changed."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (tuples become lists), fit for JSON and for `settings_from`."""
@@ -97,7 +112,7 @@ def _check_range(value: Any, metadata: Mapping[str, Any], name: str) -> None:
 
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
-    """The local recipe that all methods share (methods.md 1.3, 1.4)."""
+    """The local recipe that all methods share (paper, Model development; docs/hsl.md)."""
 
     what: ClassVar[str] = "training"
 
@@ -122,9 +137,9 @@ class TrainingSettings(Settings):
         False, "[R] optimiser moments start anew after a fusion; kept are those of the best epoch, as its weights"
     )
     augment: bool = setting(True, "[C] rotation +-15 degrees, horizontal flip")
-    balanced_sampler: bool = setting(True, "[C]+[R] trap T4: the same sampler for every method")
-    match_steps: int = setting(0, "[R] trap T3: items per epoch at least; 0 = off", low=0)
-    early_stop: bool = setting(False, "[R] 1.4: stop where the plateau rule fires")
+    balanced_sampler: bool = setting(True, "[C]+[R] the same sampler for every method, or results compare samplers")
+    match_steps: int = setting(0, "[R] items per epoch at least, for as many steps as HSL; 0 = off", low=0)
+    early_stop: bool = setting(False, "[R] stop where the plateau rule fires")
     plateau_gain: float = setting(0.005, "[P] 0.5 % AUC", low=0.0)
     plateau_count: int = setting(3, "[P]", low=1)
     patience: int = setting(5, "[P] local epochs without validation gain before a round ends early", low=1)
@@ -135,6 +150,12 @@ class TrainingSettings(Settings):
         super().__post_init__()
         if self.channels == 2:
             raise UserError("training setting 'channels' is 2: 1 (grey) or 3 (RGB) are possible")
+        path = os.path.dirname(self.weights) or os.path.splitext(self.weights)[1]  # it may exist at the sites only
+        if self.weights not in WEIGHTS and not path:
+            raise UserError(
+                f"training setting 'weights' is '{self.weights}': {nearest(self.weights, WEIGHTS)}, or the path of a "
+                "file, for example /models/resnet18.pt"
+            )
         if self.schedule != "constant" and self.lr_floor > self.lr:
             raise UserError(
                 f"training setting 'lr_floor' is {self.lr_floor}, above 'lr' {self.lr}: lower it, e.g. to 0"

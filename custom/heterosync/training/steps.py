@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from heterosync import pulse
 from heterosync.errors import UserError
 from heterosync.training.augment import augment, draw_augmentation
 from heterosync.training.batches import Batch, EpochPlan, batch_bounds
@@ -78,6 +79,7 @@ class Steps:
         buffers = _Buffers(self.model)
         total, items, steps, skipped, in_a_row = 0.0, 0, 0, 0, 0
         for start, stop in batch_bounds(len(plan), settings.batch_size):
+            pulse.beat()
             part = slice(start, stop)
             batch = self._batch(plan, part, draws if settings.augment else None)
             loss = self._step(batch, optimizer, buffers)
