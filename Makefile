@@ -1,5 +1,6 @@
 # make demo   the embedded synthetic alliance, HSL against local training, a table and a figure
 # make test   lint, types and the whole test suite
+# make drill  a provisioned federation with mutual TLS, and what breaks it (docs/faults.md)
 # make lint | bench | clean
 PYTHON ?= python3
 VENV   := .venv
@@ -9,13 +10,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Small models gain nothing from many threads per process, and a federation is many processes.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test drill lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/heterosync demo --out build/demo
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -q
+
+drill: $(VENV)/.installed-dev
+	$(TEST_ENV) DRILL_RECORD=docs/drill.txt $(BIN)/python -m pytest -m "secure or drill" -v --tb=short --durations=0
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

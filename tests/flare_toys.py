@@ -87,7 +87,7 @@ class FakeFederation:
         training = {**SMOKE, **args.pop("training", {})}
         learning = {"method": args.pop("method", "hsl"), "method_settings": args.pop("method_settings", {})}
         self.controller = HeteroSyncController(**learning, training=training, **args)
-        self.aggregator = EqualWeightAggregator(learning["method"])
+        self.aggregator = EqualWeightAggregator(**learning, training=training)
         parts = {
             "aggregator": self.aggregator,
             "persistor": GlobalModelPersistor(**learning, training=training),

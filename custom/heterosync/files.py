@@ -77,6 +77,23 @@ def write_text(path: Path | str, text: str) -> Path:
     return write_bytes(path, text.encode("utf-8"))
 
 
+def link_file(source: Path | str, path: Path | str) -> Path:
+    """Give a file a second name, in one step; a copy where the file system has no hard links. For files that are
+    replaced and never changed."""
+
+    if os.path.exists(path) and os.path.samefile(source, path):
+        return Path(path)  # renaming a file onto its other name does nothing, and would leave the temporary name behind
+
+    def link(temporary: Path) -> None:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    return write_with(path, link)
+
+
 def write_json(path: Path | str, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -108,3 +125,19 @@ def new_folder(path: Path | str) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def own_folder(path: Path | str, mark: str, command: str) -> Path:
+    """An empty folder that holds the file `mark`; what an earlier run of `command` left there is replaced.
+
+    Raises `UserError` when it holds anything else.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / mark).exists():
+            raise UserError(f"{path} holds files that are not from `{command}`: choose another --out")
+        with explained(path):
+            shutil.rmtree(path)
+    make_folder(path)
+    write_text(path / mark, f"Written by `{command}`, which may replace this folder.\n")
+    return path

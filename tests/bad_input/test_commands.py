@@ -54,7 +54,7 @@ CASES = {
         "simulate {job} --data {data} --sites site-a --threads 3 {ws}", "threads is 3"
     ),
     "simulate into a folder of others": Case("simulate {job} --data {data} --workspace {tmp}/thesis", "a new folder"),
-    "demo into a folder of other files": Case("demo --out {tmp}/thesis", "not from a demo"),
+    "demo into a folder of other files": Case("demo --out {tmp}/thesis", "not from `heterosync demo`"),
     "report on an absent folder": Case("report {tmp}/none", "is not a folder"),
     "report on a folder without a run": Case("report {tmp}/empty", "no run.json"),
     "report on a cut-off record": Case("report {tmp}/cut", "run.json", "not readable JSON"),

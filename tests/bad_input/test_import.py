@@ -12,8 +12,9 @@ from PIL import Image
 
 from heterosync.cli.base import run_command
 from heterosync.cli.data import register
-from heterosync.data.importers import from_csv, from_folder, from_npz, open_collection
-from heterosync.data.scenario import read_table
+from heterosync.data.importers import from_csv, from_folder, from_npz
+from heterosync.data.scenario_tables import read_table
+from heterosync.data.sources import open_collection
 from heterosync.errors import ProblemList, UserError
 
 
@@ -122,6 +123,18 @@ def test_sources(scans: Path, tmp_path: Path) -> None:
         ("site,domain,negative,positive\na,x,0,0\n", "line 2: counts"),
         ("site,domain,negative,positive\na,x,1,1\na,x,2,2\n", "site 'a' has domain 'x' twice"),
         ("site,negative,positive\na,1,1\na,2,2\n", "site 'a' has domain '.' twice"),
+        ("level,site,negative,positive\n2,a,1,1\n2,a,2,2\n", "site 'a' has domain '.' twice at level 2"),
+        ("level,site,negative,positive\n2,a,1,1\n,a,2,2\n", "line 3: the column 'level' is empty"),
+        ("site,negative,positive,test_negative\na,9,9,3\n", "test_negative with test_positive"),
+        ("site,negative,positive,test_negative,test_positive\na,9,9,3,\n", "line 2: test sizes '3' and ''"),
+        ("site,negative,positive,test_negative,test_positive\na,9,9,8,3\n", "line 2: 8 test images of 9 leave none"),
+        (
+            "site,domain,negative,positive,test_negative,test_positive\na,x,9,9,3,3\na,y,9,9,,\n",
+            "site 'a' has test sizes in some rows only",
+        ),
+        ("site,negative,positive,draw\na,1,1,sharde\n", "line 2: draw 'sharde' is unknown; did you mean 'shared'"),
+        ("site,negative,positive,draw\na,1,1,shared\nb,1,1,\n", "some rows are shared and some disjoint"),
+        ("site,negative,positive,draw\nunseen,1,1,shared\n", "'unseen' cannot share images"),
     ],
 )
 def test_scenario_tables(tmp_path: Path, text: str, message: str) -> None:

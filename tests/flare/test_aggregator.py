@@ -122,6 +122,16 @@ def test_tensors_offloaded_by_flare_are_read_when_needed(tmp_path: Path) -> None
     assert torch.equal(messages.open_message(aggregator.aggregate(context))[0]["w"], torch.full((2, 3), 5.0))
 
 
+def test_offloaded_junk_is_refused_without_being_read(tmp_path: Path) -> None:
+    class Huge:
+        def materialize(self) -> torch.Tensor:
+            raise MemoryError
+
+    aggregator, context = started_aggregator(tmp_path)
+    assert not aggregator.accept(answer("site-a", {**toy_state(), "junk": Huge()}), context)
+    assert aggregator.refused == {"site-a": "tensor 'junk' is not part of the shared state"}
+
+
 def test_a_method_without_shared_tensors_sends_metrics_only(tmp_path: Path) -> None:
     aggregator, context = started_aggregator(tmp_path, method="local")
     assert aggregator.accept(answer("site-a", {}, method="local"), context)

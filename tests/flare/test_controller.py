@@ -12,8 +12,13 @@ from nvflare.apis.shareable import Shareable
 
 from flare_toys import FakeFederation, plain_site
 from heterosync.errors import UserError
+from heterosync.federation.initial import initial_state
 from heterosync.federation.modelfile import load_model
+from heterosync.federation.server import memory_of
 from heterosync.flare import messages
+from heterosync.methods import make_method
+from heterosync.training.settings import TrainingSettings
+from toys import SMOKE
 
 SITES = ["site-a", "site-b", "site-c"]
 
@@ -257,19 +262,19 @@ def test_the_server_trusts_no_score(tmp_path: Path, bad: object) -> None:
     assert sorted(run.read("cross_site_metrics.json")["best"]) == ["mean", "site-a", "site-c"]
 
 
-@pytest.mark.parametrize("handler", ["keep_as_best", "RunRecorder.round_done"])
+@pytest.mark.parametrize("handler", ["controller.keep_as_best", "supervised.RunRecorder.round_done"])
 def test_an_error_in_an_event_handler_stops_the_job(tmp_path: Path, monkeypatch, handler: str) -> None:
     def full(*args, **options) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"heterosync.flare.controller.{handler}", full)
+    monkeypatch.setattr(f"heterosync.flare.{handler}", full)
     run = FakeFederation(tmp_path, SITES, training={"rounds": 3}).play()
     assert run.reasons == ["OSError: [Errno 28] No space left on device"]
     assert run.read("run.json")["status"] == f"failed: {run.reasons[0]}"
     assert [task for task, _ in run.asked].count("validate") == 0
 
 
-@pytest.mark.parametrize("broken", ["Fusion", "Fusion.start"])
+@pytest.mark.parametrize("broken", ["Server", "Server.start"])
 def test_an_error_in_the_aggregators_event_handler_stops_the_job(tmp_path: Path, monkeypatch, broken: str) -> None:
     def full(*args, **options) -> None:
         raise UserError("cannot write contributions: the disk is full")
@@ -285,7 +290,7 @@ def test_an_error_while_an_answer_is_taken_stops_the_job(tmp_path: Path, monkeyp
     def broken(*args, **options) -> None:
         raise RuntimeError("no such site")
 
-    monkeypatch.setattr("heterosync.flare.controller.RunRecorder.site_done", broken)
+    monkeypatch.setattr("heterosync.flare.supervised.RunRecorder.site_done", broken)
     run = FakeFederation(tmp_path, SITES).play()
     assert run.read("run.json")["status"] == "failed: RuntimeError: no such site"
     assert [task for task, _ in run.asked] == ["check_in", "train"]
@@ -362,3 +367,60 @@ def test_a_site_that_fails_a_test_costs_no_other_result(tmp_path: Path) -> None:
         assert record["status"].startswith(status)
         assert record["not_tested"] == {m: {"site-b": messages.REASONS["died"]} for m in ("best", "last")}
         assert {m: sorted(tests[m]) for m in tests} == {m: ["mean", "site-a", "site-c"] for m in ("best", "last")}
+
+
+# -- methods that need more than a mean --------------------------------------------------------------------------------
+
+
+def of_method(name: str):
+    """Sites that send back what they got, in the name of a method without anchor task."""
+    return lambda *task, **more: plain_site(*task, method=name, anchor_digest=None, **more)
+
+
+def test_a_personal_method_is_tested_with_the_sites_own_models(tmp_path: Path) -> None:
+    run = FakeFederation(tmp_path, ["site-a", "site-b"], of_method("fedbn"), method="fedbn").play()
+    assert run.reasons == [] and set(run.read("cross_site_metrics.json")) == {"local", "last"}
+
+
+def test_what_the_server_remembers_is_in_the_model_file(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message):
+        reply = of_method("fedadam")(name, task, round_, message)
+        if task == messages.TRAIN:
+            tensors, fields = messages.open_message(reply)
+            moved = {key: value + 0.5 if value.is_floating_point() else value for key, value in tensors.items()}
+            return messages.tensors_message(moved, fields)
+        return reply
+
+    settings = {"server_lr": 0.25, "tau": 0.01}
+    args = {"method": "fedadam", "method_settings": settings}
+    run = FakeFederation(tmp_path, ["site-a", "site-b"], site, **args).play()
+    assert run.reasons == []
+    file = load_model(tmp_path / "last_model.pt")
+    method = make_method("fedadam", settings, TrainingSettings.from_dict(SMOKE))
+    state, memory = initial_state(method), method.server_memory()
+    for _ in range(2):
+        mean = {key: value + 0.5 if value.is_floating_point() else value for key, value in state.items()}
+        state = method.combine(state, mean, memory, 2)
+    assert all(torch.equal(file.state[key], value) for key, value in state.items())
+    assert {key: float(value.sum()) for key, value in memory_of(file.assets).items()} == {
+        key: float(value.sum()) for key, value in memory.items()
+    }
+
+
+def test_where_all_are_needed_one_missing_site_ends_the_job(tmp_path: Path) -> None:
+    def site(name: str, task: str, round_: int, message):
+        if name == "site-c" and task == messages.TRAIN and round_ == 1:
+            return messages.refusal("died")
+        return of_method("personalized")(name, task, round_, message)
+
+    args = {"method": "personalized", "method_settings": {"use_sat": False}, "min_clients": 2}
+    run = FakeFederation(tmp_path, ["site-a", "site-b", "site-c"], site, **args).play()
+    assert len(run.reasons) == 1 and "fewer than the 3 sites" in run.reasons[0] and "site-c" in run.reasons[0]
+    assert int(load_model(tmp_path / "last_model.pt").state["sites"]) == 3
+
+
+def test_central_learning_is_refused_as_a_federation(tmp_path: Path) -> None:
+    run = FakeFederation(tmp_path / "two", ["site-a", "site-b"], of_method("central"), method="central").play()
+    assert run.reasons == ["method 'central' is no federation: run it with one site that holds all images"]
+    one = FakeFederation(tmp_path / "one", ["alliance"], of_method("central"), method="central").play()
+    assert one.reasons == [] and set(one.read("cross_site_metrics.json")) == {"best", "last"}

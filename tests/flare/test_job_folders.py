@@ -12,9 +12,13 @@ from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.fuel.utils.zip_utils import zip_directory_to_bytes
 from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
 
+from heterosync.cli import main
+from heterosync.errors import UserError
 from heterosync.flare import allowlist
-from heterosync.flare.job import JobOptions, build_job, export_all, read_learning
+from heterosync.flare.job import JobOptions, all_jobs, build_job, job_name
+from heterosync.flare.job_folder import read_learning
 from heterosync.methods import method_names
+from toys import SMOKE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,16 +29,18 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_committed_jobs_equal_what_the_builder_writes(tmp_path: Path) -> None:
-    export_all(tmp_path)
-    assert sorted(p.name for p in (ROOT / "jobs").iterdir() if p.is_dir()) == sorted(method_names())
-    for name in method_names():
+    for name, options in all_jobs():
+        build_job(name, tmp_path / job_name(name, options), options)
+    assert sorted(p.name for p in (ROOT / "jobs").iterdir() if p.is_dir()) == sorted(p.name for p in tmp_path.iterdir())
+    assert {p.name for p in tmp_path.iterdir()} == {*method_names(), "hsl_swarm"}
+    for name in sorted(p.name for p in tmp_path.iterdir()):
         assert files(ROOT / "jobs" / name) == files(tmp_path / name), f"run `heterosync job export {name}`"
 
 
 def test_jobs_hold_configuration_only_and_name_exact_classes() -> None:
     allowed = set(allowlist.class_allow_list())
-    for name in method_names():
-        folder = ROOT / "jobs" / name
+    every = set()
+    for folder in (p for p in (ROOT / "jobs").iterdir() if p.is_dir()):
         assert set(files(folder)) == {
             "README.md",
             "meta.json",
@@ -45,12 +51,14 @@ def test_jobs_hold_configuration_only_and_name_exact_classes() -> None:
         for side in ("client", "server"):
             text = (folder / "app" / "config" / f"config_fed_{side}.json").read_text()
             named |= set(re.findall(r'"path": "([^"]+)"', text))
-        assert named <= allowed and {c for c in named if c.startswith("heterosync")} == set(allowlist.OUR_CLASSES)
+        assert named <= allowed
+        every |= {name for name in named if name.startswith("heterosync")}
+    assert every | {allowlist.DP_FILTER} == set(allowlist.OUR_CLASSES)  # that one is in jobs with `dp_clip` only
 
 
 def test_flare_accepts_the_jobs(tmp_path: Path) -> None:
     build_job("hsl", tmp_path / "hsl", JobOptions(sites=("site-a", "site-b"), min_clients=2))
-    for folder in (ROOT / "jobs" / "hsl", ROOT / "jobs" / "local", tmp_path / "hsl"):
+    for folder in (*(p for p in (ROOT / "jobs").iterdir() if p.is_dir()), tmp_path / "hsl"):
         valid, error, meta = JobMetaValidator().validate(folder.name, zip_directory_to_bytes("", str(folder)))
         assert valid, error
     assert meta["mandatory_clients"] == ["site-a", "site-b"] and meta["min_clients"] == 2
@@ -98,3 +106,36 @@ def test_settings_reach_every_component_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["hsl", "local"])
 def test_an_export_is_the_same_every_time(tmp_path: Path, name: str) -> None:
     assert files(build_job(name, tmp_path / "a" / name)) == files(build_job(name, tmp_path / "b" / name))
+
+
+def test_the_command_writes_the_variants_under_names_of_their_own(tmp_path: Path, capsys) -> None:
+    assert main(["job", "export", "hsl", "--topology", "swarm", "--out", str(tmp_path)]) == 0
+    assert main(["job", "export", "hsl", "--dp-clip", "2", "--dp-noise", "0.5", "--out", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hsl_dp", "hsl_swarm"]
+    client = json.loads((tmp_path / "hsl_dp/app/config/config_fed_client.json").read_text())
+    assert client["task_result_filters"][0]["filters"][0]["args"]["noise"] == 0.5
+    assert main(["job", "export", "--all", "--dp-clip", "2", "--out", str(tmp_path / "none")]) == 1
+    assert "personalized sends more than an update" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+#: Methods that a variant is not for, and why.
+ALONE = {"local": "keeps its weights at the sites", "central": "is no federation"}
+NO_SWARM = dict.fromkeys(("fedbn", "ditto"), "makes a model for each site")
+NO_SWARM |= dict.fromkeys(("fedopt", "fedadam", "scaffold", "personalized"), "needs a server that does more")
+NO_NOISE = dict.fromkeys(("scaffold", "personalized"), "sends more than an update of what a site received")
+
+
+@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize(
+    ("option", "refused"), [({"topology": "swarm"}, {**ALONE, **NO_SWARM}), ({"dp_clip": 1.0}, {**ALONE, **NO_NOISE})]
+)
+def test_a_variant_is_written_or_refused_in_one_line(tmp_path: Path, name: str, option: dict, refused: dict) -> None:
+    options = JobOptions(training=SMOKE, **option)
+    if name not in refused:
+        assert read_learning(build_job(name, tmp_path / "job", options))["method"] == name
+        return
+    with pytest.raises(UserError) as caught:
+        build_job(name, tmp_path / "job", options)
+    assert str(caught.value) == f"job option {next(iter(option))}: {str(caught.value).partition(': ')[2]}"
+    assert f"method {name} {refused[name]}" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "job").exists()

@@ -147,7 +147,7 @@ def test_ctrl_c_and_terminate_leave_nothing(fake: dict, tmp_path: Path, number: 
 def test_the_environment_holds_the_data_the_package_and_a_share_of_the_processor(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    environment = simulator._environment(tmp_path, 3)
+    environment = simulator._environment(tmp_path, 3, None)
     assert environment["HETEROSYNC_DATA"] == str(tmp_path) and environment["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert simulator._environment(tmp_path, 3)["OMP_NUM_THREADS"] == "5"
+    assert simulator._environment(tmp_path, 3, None)["OMP_NUM_THREADS"] == "5"

@@ -14,6 +14,7 @@ import pytest
 from heterosync.cli import build_parser, main
 from heterosync.cli.base import add_command, parse_settings, run_command
 from heterosync.errors import UserError
+from heterosync.methods import method_names
 
 
 def all_parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()):
@@ -118,13 +119,16 @@ def test_settings_are_read_as_json_where_they_are_json():
 def test_job_list_gives_one_object_per_method(capsys):
     assert main(["job", "list", "--json"]) == 0
     methods = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert set(methods) == {"hsl", "local"}
+    assert list(methods) == method_names()
     for entry in methods.values():
         assert entry["status"] and entry["citation"] and entry["leaves_a_site"]
     # 23 723 650 parameters and the BatchNorm statistics of two ResNet18 (2 x 9600 floats, 2 x 20 counters of 8 bytes)
     assert methods["hsl"]["parameters"] == 23_723_650
     assert methods["hsl"]["bytes_per_round"] == 4 * (23_723_650 + 2 * 9600) + 8 * 40
     assert methods["local"]["bytes_per_round"] == 0
+    # what is trained: control variates and a frozen earlier model are not, Ditto's second network is
+    trained = {name: methods[name]["parameters"] for name in ("no_al", "scaffold", "moon", "ditto")}
+    assert list(trained.values()) == [11_177_025, 11_177_025, 11_177_025, 2 * 11_177_025]
     assert main(["job", "list"]) == 0
     assert "Hu et al." in capsys.readouterr().out
 

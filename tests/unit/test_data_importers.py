@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from heterosync.data.importers import from_csv, from_folder, from_npz, open_collection
+from heterosync.data.importers import from_csv, from_folder, from_npz
+from heterosync.data.sources import open_collection
 
 
 def pictures(count: int, seed: int = 0, size: int = 12) -> np.ndarray:

@@ -11,7 +11,9 @@ import pytest
 from heterosync.data.anchor import write_anchor
 from heterosync.data.dataset import SPLITS, load_site
 from heterosync.data.importers import from_npz
-from heterosync.data.scenario import draw_balanced, read_table, write_scenario
+from heterosync.data.scenario import write_scenario
+from heterosync.data.scenario_plan import draw_balanced
+from heterosync.data.scenario_tables import read_table
 from heterosync.data.synthetic import make_alliance
 
 Hashes = dict[str, set[str]]
@@ -36,7 +38,7 @@ def stored_images(site: Path) -> Hashes:
 
 
 def leaks(folder: Path) -> tuple[list[str], dict[str, Hashes]]:
-    sites = {site.name: stored_images(site) for site in sorted(folder.iterdir())}
+    sites = {site.name: stored_images(site) for site in sorted(folder.iterdir()) if site.is_dir()}
     found = []
     for tested, own in sites.items():
         for other, theirs in sites.items():

@@ -9,7 +9,7 @@ import pytest
 
 from heterosync.data import synthetic
 from heterosync.data.check import check_site
-from heterosync.data.scenario import read_table
+from heterosync.data.scenario_tables import read_table
 from heterosync.data.synthetic import REGIONS, SCANNERS, SyntheticSpec, make_alliance, synthetic_images
 from heterosync.errors import UserError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,22 @@ def test_what_leaves_is_told_in_full():
         leaves = get_method(name).leaves
         assert leaves[-len(COMMON_LEAVES) :] == COMMON_LEAVES
         assert (len(leaves) > len(COMMON_LEAVES)) == (get_method(name).weighting != "none")
+
+
+def readme_row(name: str) -> str:
+    """The line of a method in the README's table."""
+    method = make_method(name)
+    size = bytes_per_round(method, method.build_model(weights="none")) / 2**20
+    sent = f"{size:.1f} MiB" if size else "nothing"
+    model = "each site's own" if method.personal else "one for all"
+    cells = (f"`{name}`", method.title, method.citation, method.weighting, model, sent, method.status)
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_readme_lists_every_method():
+    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if re.match(r"\| `[a-z_]+` \| .* MiB|\| `[a-z_]+` \| .*\| nothing", line)]
+    assert table == [readme_row(name) for name in method_names()]
 
 
 def test_initial_weights_depend_on_the_seed_alone():

@@ -8,7 +8,8 @@ import pytest
 
 from heterosync.errors import UserError
 from heterosync.federation.runner import run_inprocess
-from heterosync.study.demo import METHODS, prepare_folder, run_demo
+from heterosync.files import own_folder
+from heterosync.study.demo import MARK, METHODS, run_demo
 from toys import SMOKE
 
 
@@ -35,12 +36,12 @@ def test_demo_writes_summary_table_and_figure(tmp_path):
 
 
 def test_an_earlier_demo_is_replaced_and_other_files_are_not(tmp_path):
-    out = prepare_folder(tmp_path / "demo")
+    out = own_folder(tmp_path / "demo", MARK, "heterosync demo")
     (out / "old.txt").write_text("x")
-    assert list(prepare_folder(out).glob("*.txt")) == []
+    assert list(own_folder(out, MARK, "heterosync demo").glob("*.txt")) == []
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="not from a demo"):
-        prepare_folder(mine)
+    with pytest.raises(UserError, match="not from `heterosync demo`"):
+        own_folder(mine, MARK, "heterosync demo")
     assert (mine / "thesis.txt").exists()

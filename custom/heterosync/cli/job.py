@@ -38,7 +38,9 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("method", metavar="METHOD", nargs="?", help="a name from `heterosync job list`")
     parser.add_argument("--all", action="store_true", help="every method")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the job folder becomes DIR/METHOD")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the job folder becomes DIR/METHOD, with its variant"
+    )
     parser.add_argument(
         "--set", action="append", metavar="NAME=VALUE", help="a setting that `heterosync job describe` lists"
     )
@@ -48,7 +50,34 @@ def register(commands: Any) -> None:
         "--sites", type=names, metavar="A,B,…", help="sites that must take part (default: those connected)"
     )
     parser.add_argument(
+        "--topology", choices=("star", "swarm"), help="who fuses: the server, or the sites among themselves (_swarm)"
+    )
+    parser.add_argument(
+        "--dp-clip", type=float, metavar="C", help="shorten every update of a site to this L2 norm (_dp)"
+    )
+    parser.add_argument(
+        "--dp-noise", type=float, metavar="Z", help="add Gaussian noise of Z times C to every element of an update"
+    )
+    parser.add_argument(
         "--byoc", action="store_true", help="pack heterosync itself into the job, for alliances that allow it"
+    )
+
+    parser = add_command(
+        group,
+        "resume",
+        "write the job that goes on with the training of another one, from the model and round that the server stored",
+        _resume,
+        "heterosync job resume 6a8d04d1-4f33-4b3e-8c2d-0b8d6f7f0a11 --job myjobs/hsl --out myjobs/hsl_2\n"
+        "heterosync job resume downloads/6a8d04d1-4f33-4b3e-8c2d-0b8d6f7f0a11 --out myjobs/hsl_2 --rounds 30",
+    )
+    parser.add_argument("training", metavar="JOB_ID|FOLDER", help="id of the training's first job, or a downloaded job")
+    parser.add_argument("--job", type=Path, metavar="DIR", help="its job folder; needed with an id")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new job folder")
+    parser.add_argument(
+        "--segment-rounds", type=positive, default=0, metavar="N", help="rounds of the new job (default: all left)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", help="rounds of the training in all (default: as before)"
     )
 
 
@@ -66,7 +95,7 @@ def method_facts(name: str) -> dict[str, Any]:
         "leaves_a_site": list(method.leaves),
         "bytes_per_round": bytes_per_round(method, model),
         "tensors_per_round": len(method.shared_names(model)),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "weighting": method.weighting,
         "personal": method.personal,
         "uses_anchor": method.uses_anchor,
@@ -153,19 +182,37 @@ def job_options(name: str, settings: dict[str, Any]) -> Any:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.job import build_job, replaces_job
+    from heterosync.flare.job import all_jobs, build_job, check_job, job_name
+    from heterosync.flare.job_folder import replaces_job
     from heterosync.methods import method_names
 
     if bool(arguments.method) == arguments.all:
         raise UserError("name one METHOD or give --all: see `heterosync job list`")
     settings = parse_settings(arguments.set)
-    for key in ("rounds", "min_clients", "sites"):
-        if getattr(arguments, key):
+    for key in ("rounds", "min_clients", "sites", "topology", "dp_clip", "dp_noise"):
+        if getattr(arguments, key) is not None:
             if key in settings:
                 raise UserError(f"--{key.replace('_', '-')} and --set {key}=… say the same: give one of them")
             settings[key] = getattr(arguments, key)
-    names = method_names() if arguments.all else [arguments.method]
-    options = {name: job_options(name, settings) for name in names}  # all are checked before the first is written
-    replaced = {name: " (in place of the job that was there)" for name in names if replaces_job(arguments.out / name)}
-    for name in names:
-        print(f"{build_job(name, arguments.out / name, options[name], arguments.byoc)}{replaced.get(name, '')}")
+    methods = method_names() if arguments.all else [arguments.method]
+    options = {method: job_options(method, settings) for method in methods}
+    jobs = all_jobs(options) if arguments.all else list(options.items())
+    for method, chosen in jobs:  # all are checked before the first is written
+        check_job(method, chosen)
+    folders = [arguments.out / job_name(method, chosen) for method, chosen in jobs]
+    replaced = [replaces_job(folder) for folder in folders]
+    for (method, chosen), folder, there in zip(jobs, folders, replaced, strict=True):
+        written = build_job(method, folder, chosen, arguments.byoc)
+        print(f"{written}{' (in place of the job that was there)' if there else ''}")
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    from heterosync.flare.segments import job_of, segment_job
+
+    training, job = arguments.training, arguments.job
+    if Path(training).is_dir():
+        training, found = job_of(training)
+        job = job or found
+    elif job is None:
+        raise UserError(f"'{training}' is no folder; with the id of a job, give its job folder too: --job DIR")
+    print(segment_job(job, arguments.out, training, arguments.segment_rounds, arguments.rounds))

@@ -32,9 +32,16 @@ def register(commands: Any) -> None:
         "simulate",
         "run a job folder under FLARE's simulator, with progress, a time limit and one readable cause of a failure",
         _simulate,
-        "heterosync simulate jobs/hsl --data build/demo/data --workspace build/hsl",
+        "heterosync simulate jobs/hsl --data build/demo/data --workspace build/hsl\n"
+        "heterosync simulate jobs/hsl --data build/demo/data --workspace build/hsl --resume build/hsl",
     )
     parser.add_argument("job", type=Path, metavar="JOB", help="a job folder, for example jobs/hsl")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the training of an earlier simulation, its workspace"
+    )
+    parser.add_argument(
+        "--segment-rounds", type=positive, default=0, metavar="N", help="stop after N rounds (default: do all)"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of site folders (default: HETEROSYNC_DATA)")
     parser.add_argument("--workspace", type=Path, metavar="DIR", help="default: runs/<name of the job>")
     parser.add_argument(
@@ -56,7 +63,13 @@ def register(commands: Any) -> None:
         "doctor",
         "say whether this machine is ready: versions, memory, disk, GPU, data, allow-list, port",
         _doctor,
-        "heterosync doctor --data /data/site-a --server fl.example.org:8002",
+        "heterosync doctor --data /data/site-a --server fl.example.org:8002\nheterosync doctor --kit sysu01",
+    )
+    parser.add_argument(
+        "--kit",
+        type=Path,
+        metavar="DIR",
+        help="a startup kit: its seal, certificates, policy, server, and the data that its local/privacy.json names",
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="a site folder or a folder of them (default: HETEROSYNC_DATA)"
@@ -91,7 +104,7 @@ def _data_folder(given: Path | None) -> Path:
     raise UserError("no data folder: give --data DIR or set HETEROSYNC_DATA")
 
 
-def _put_partners_in(results: Path, anchor: Path) -> None:
+def put_partners_in(results: Path, anchor: Path) -> None:
     """The server has no anchor pack; here, where the sites' folders are at hand, the chosen model gets its partner
     images."""
     from heterosync.federation.modelfile import load_model
@@ -104,21 +117,30 @@ def _put_partners_in(results: Path, anchor: Path) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.simulator import simulate
+    import tempfile
+
+    from heterosync.flare.segments import segment_job
+    from heterosync.flare.simulator import JOB_ID, simulate
 
     data = _data_folder(arguments.data)
     sites = list(arguments.sites or sites_in(data))
     workspace = arguments.workspace or Path("runs") / arguments.job.resolve().name
-    result = simulate(
-        arguments.job,
-        workspace=workspace,
-        sites=sites,
-        data=data,
-        threads=arguments.threads,
-        timeout=arguments.timeout,
-        log=None if arguments.json else print,
-    )
-    _put_partners_in(result.results, data / sites[0])
+    with tempfile.TemporaryDirectory(prefix="heterosync-") as temporary:
+        job = arguments.job
+        if arguments.resume or arguments.segment_rounds:
+            training = JOB_ID if arguments.resume else ""
+            job = segment_job(job, Path(temporary) / job.resolve().name, training, arguments.segment_rounds)
+        result = simulate(
+            job,
+            workspace=workspace,
+            sites=sites,
+            data=data,
+            threads=arguments.threads,
+            timeout=arguments.timeout,
+            log=None if arguments.json else print,
+            resume=arguments.resume,
+        )
+    put_partners_in(result.results, data / sites[0])
     if arguments.json:
         show({"results": str(result.results), "workspace": str(workspace), "sites": sites})
         return
@@ -151,7 +173,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             timeout=arguments.timeout,
             log=None if arguments.json else print,
         )
-        _put_partners_in(result.results, data / sites[0])
+        put_partners_in(result.results, data / sites[0])
         return result.results
 
     say = print if not arguments.json else (lambda line: None)
@@ -164,7 +186,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from heterosync.flare.allowlist import OUR_CLASSES
     from heterosync.study.doctor import PROBLEM, examine
 
-    checks = examine(arguments.data, arguments.workspace, OUR_CLASSES, arguments.port, arguments.server)
+    if arguments.kit is not None:
+        checks = _examine_kit(arguments)
+    else:
+        checks = examine(arguments.data, arguments.workspace, OUR_CLASSES, arguments.port, arguments.server)
     problems = sum(check.state == PROBLEM for check in checks)
     if arguments.json:
         show({"ready": not problems, "checks": [check.as_dict() for check in checks]})
@@ -173,3 +198,27 @@ def _doctor(arguments: argparse.Namespace) -> int:
             print(check.line())
         print("this machine is ready" if not problems else f"{problems} problem(s) to mend")
     return FAILED if problems else DONE
+
+
+def _examine_kit(arguments: argparse.Namespace) -> list[Any]:
+    """What the doctor finds about a kit, and about this machine as far as the kit's owner needs it."""
+    from heterosync.flare import kit_doctor
+    from heterosync.flare.allowlist import OUR_CLASSES
+    from heterosync.flare.kit import Kit
+    from heterosync.study.doctor import NOTE, PROBLEM, Check, examine
+
+    kit = Kit(arguments.kit)
+    checks = [Check(*finding) for finding in kit_doctor.examine_kit(kit.folder)]
+    root = kit_doctor.data_root(kit)
+    data = arguments.data or (Path(root) if root else None)
+    port = kit_doctor.server_address(kit)[1] if kit.kind == "server" else None
+    machine = examine(data, kit.folder, OUR_CLASSES, port)
+    if kit.kind != "client":  # only sites have data
+        machine = [check for check in machine if check.name != "data"]
+    elif data is None:
+        remedy = "Write the path of your site folder after data_root in local/privacy.json"
+        machine = [
+            Check("data", PROBLEM, "no site folder named", remedy) if c.name == "data" and c.state == NOTE else c
+            for c in machine
+        ]
+    return checks + machine

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from collections.abc import Collection as Names
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from heterosync.data.collection import Collection, without_duplicates
+from heterosync.data.collection import Collection
+from heterosync.data.labelled import both_present, class_numbers, finished, from_pixels, left_out_notes
 from heterosync.data.packs import split_entry
 from heterosync.data.readers import PILLOW_SUFFIXES, ImageReader, to_uint8
 from heterosync.data.tables import read_csv
@@ -20,28 +20,12 @@ from heterosync.errors import ProblemList, UserError, nearest
 IMAGE_SUFFIXES = (*PILLOW_SUFFIXES, ".dcm", ".dicom", ".ima", ".nii", ".gz", ".npy", "")
 
 
-def open_collection(source: Path | str, negative: str, positive: str, **columns: str | None) -> Collection:
-    """Import `source` by its kind: a folder per class, a `.csv` table or an `.npz` file. Raises `UserError`."""
-    source = Path(source)
-    if source.is_dir():
-        named = [f"--{name.replace('_', '-')}" for name, value in columns.items() if value is not None]
-        if named:
-            raise UserError(f"{source} is a folder, which has no columns: leave out {', '.join(named)}")
-        return from_folder(source, negative, positive)
-    if not source.exists():
-        raise UserError(f"{source} does not exist: give a folder with one sub-folder per class, a .csv or an .npz file")
-    importers = {".csv": from_csv, ".npz": from_npz}
-    if source.suffix.lower() not in importers:
-        raise UserError(f"{source} is neither a folder nor a .csv or .npz file")
-    return importers[source.suffix.lower()](source, negative, positive, **columns)
-
-
 def from_folder(folder: Path | str, negative: str, positive: str) -> Collection:
     """`<folder>/<class>/…` or `<folder>/<domain>/<class>/…`; images are sought below each class folder at any depth."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    wanted = _wanted(negative, positive)
+    wanted = class_numbers(negative, positive)
     top = _folders(folder)
     one_level = any(path.name in wanted for path in top)
     found = top if one_level else [path for domain in top for path in _folders(domain)]
@@ -63,7 +47,7 @@ def from_folder(folder: Path | str, negative: str, positive: str) -> Collection:
         labels += [wanted[class_folder.name]] * len(images)
         domains += ["" if one_level else class_folder.parent.name] * len(images)
     ids = [path.relative_to(folder).as_posix() for path in paths]
-    return _finished(folder.name, negative, positive, labels, ids, domains, None, paths=paths, notes=tuple(notes))
+    return finished(folder.name, negative, positive, labels, ids, domains, None, paths=paths, notes=tuple(notes))
 
 
 def from_csv(
@@ -87,14 +71,14 @@ def from_csv(
     label = _column(file, header, label_column, "label")
     patient = _optional(file, header, patient_column, "patient")
     domain = _optional(file, header, domain_column, "domain")
-    wanted = _wanted(negative, positive)
+    wanted = class_numbers(negative, positive)
     ragged = [(line, table.ragged(values)) for line, values in table.rows]
     problems = [f"{file} line {line}: {wrong}" for line, wrong in ragged if wrong]
     if problems:
         raise ProblemList(problems)
     if not rows:
         raise UserError(f"{file}: no row below the header: write one row per image")
-    _both_present(file, wanted, [row[label] for _, row in rows])
+    both_present(file, wanted, [row[label] for _, row in rows])
     kept: list[dict[str, str]] = []
     seen: dict[str, int] = {}
     for line, row in rows:
@@ -116,7 +100,7 @@ def from_csv(
     if problems:
         raise ProblemList(problems)
     ids = [row[image] for row in kept]
-    return _finished(
+    return finished(
         file.name,
         negative,
         positive,
@@ -124,7 +108,7 @@ def from_csv(
         ids,
         ["" if domain is None else row[domain] for row in kept],
         None if patient is None else [row[patient] for row in kept],
-        notes=_left_out_notes([row[label] for _, row in rows], wanted),
+        notes=left_out_notes([row[label] for _, row in rows], wanted),
         **_pixels_or_paths(file, ids),
     )
 
@@ -159,56 +143,12 @@ def from_npz(
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
         images = _as_uint8(file, images)
     names = _label_names(file, labels.reshape(-1), arrays.get("classes"))
-    wanted = _wanted(negative, positive)
-    _both_present(file, wanted, names)
-    keep = np.array([row for row, name in enumerate(names) if name in wanted])
 
     def texts(key: str | None) -> list[str] | None:
-        return None if key is None else _texts(file, key, arrays, len(images))[keep].tolist()
+        return None if key is None else _texts(file, key, arrays, len(images)).tolist()
 
-    ids = texts("names" if "names" in arrays else None) or [f"{file.name}#{row}" for row in keep]
-    return _finished(
-        file.name,
-        negative,
-        positive,
-        [wanted[names[row]] for row in keep],
-        ids,
-        texts(domain_key) or [""] * len(keep),
-        texts(patient_key),
-        pixels=images[keep],
-        notes=_left_out_notes(names, wanted),
-    )
-
-
-def _finished(
-    name: str,
-    negative: str,
-    positive: str,
-    labels: Sequence[int],
-    ids: list[str],
-    domains: list[str],
-    patients: list[str] | None,
-    **content: Any,
-) -> Collection:
-    values = np.asarray(labels, dtype=np.int64)
-    return without_duplicates(Collection(name, (negative, positive), values, ids, domains, patients, **content))
-
-
-def _wanted(negative: str, positive: str) -> dict[str, int]:
-    if negative == positive:
-        raise UserError(f"the negative and the positive class are both '{negative}': name two classes")
-    return {negative: 0, positive: 1}
-
-
-def _both_present(source: Path, wanted: dict[str, int], found: Sequence[str]) -> None:
-    for name in wanted:
-        if name not in found:
-            raise UserError(f"{source}: no image has the label '{name}'; {nearest(name, set(found))}")
-
-
-def _left_out_notes(found: Sequence[str], wanted: dict[str, int]) -> tuple[str, ...]:
-    others = Counter(name for name in found if name not in wanted)
-    return tuple(f"{count} images left out: label '{name}'" for name, count in sorted(others.items()))
+    ids = texts("names" if "names" in arrays else None) or [f"{file.name}#{row}" for row in range(len(images))]
+    return from_pixels(file, negative, positive, images, names, ids, texts(domain_key), texts(patient_key))
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -28,16 +28,18 @@ def split_rows(
     patients: Sequence[str | None] | None,
     seed: int,
     fractions: tuple[float, float, float] = FRACTIONS,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Row numbers of train, validation and test, ascending.
 
     Per class the sizes are the fractions by largest remainder (ties go to validation, which meets the test sizes
     that the paper reports), with at least one image in validation and test when the class has three. Rows of one
     patient share a split; sizes are then met as closely as whole patients allow.
+    sizes: [train, validation, test] of the negative and of the positive class, in place of the fractions.
     """
     patients = [None] * len(labels) if patients is None else patients
     groups = [f"patient {patient}" if patient else f"row {row}" for row, patient in enumerate(patients)]
-    chosen = _assign(list(map(int, labels)), groups, seed, fractions, {})
+    chosen = _assign(list(map(int, labels)), groups, seed, fractions, {}, sizes)
     return {split: np.flatnonzero([name == split for name in chosen]).astype(np.int64) for split in SPLITS}
 
 
@@ -121,7 +123,12 @@ def _joined(keys: Sequence[tuple[str | None, str]]) -> list[str]:
 
 
 def _assign(
-    labels: list[int], groups: list[str], seed: int, fractions: Sequence[float], fixed: Mapping[int, str]
+    labels: list[int],
+    groups: list[str],
+    seed: int,
+    fractions: Sequence[float],
+    fixed: Mapping[int, str],
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> list[str]:
     """Greedy: the largest group first, each to the split that comes nearest to its target sizes. With groups of one
     row this meets the targets exactly; the seeded shuffle before makes the draw random."""
@@ -131,7 +138,7 @@ def _assign(
     positives = {group: sum(labels[row] for row in rows) for group, rows in members.items()}
     counts = {group: (len(rows) - positives[group], positives[group]) for group, rows in members.items()}
     totals = [max(1, labels.count(label)) for label in (0, 1)]
-    targets = [split_sizes(labels.count(label), fractions) for label in (0, 1)]
+    targets = sizes or [split_sizes(labels.count(label), fractions) for label in (0, 1)]
     filled = [[0, 0, 0], [0, 0, 0]]
     place: dict[str, int] = {}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -15,15 +13,19 @@ from torch import Tensor, nn
 
 from heterosync import __version__
 from heterosync.errors import UserError
-from heterosync.files import write_with
+from heterosync.files import link_file, write_with
 from heterosync.methods import make_method
 from heterosync.methods.base import Method
 from heterosync.models.encoder import resolved_weights
 from heterosync.training.settings import TrainingSettings
 
 FORMAT = "heterosync model 1"
+#: The global models of a run folder: after the last round, and the one with the best mean validation AUC so far.
+LAST_MODEL, BEST_MODEL = "last_model.pt", "best_model.pt"
 #: name of the first weights in a model file's `versions`
 INITIAL_WEIGHTS = "initial_weights"
+#: A site's own best model in its work folder.
+OWN_BEST = "own_best.pt"
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class ModelFile:
 
     state: the shared tensors, or all of a model that stays at its site. labels: names of class 0 and 1. round: how many
     rounds made it. assets: further tensors, such as the uint8 partner images (n, c, h, w) that predicting needs for the
-    `sat_index` and `sat_mean` readings. versions: of heterosync and torch, and under `initial_weights` what the first
-    round started from.
+    `sat_index` and `sat_mean` readings, or what the server remembers from round to round (server.py). versions: of
+    heterosync and torch, and under `initial_weights` what the first round started from.
     """
 
     method: str
@@ -48,10 +50,28 @@ class ModelFile:
 
     def build(self) -> tuple[Method, nn.Module]:
         """The method and its model with these weights, in evaluation mode. Raises `UserError` where they misfit."""
+        method, model = self._made()
+        own, shared = set(model.state_dict()), set(method.shared_names(model))
+        expected = shared or own  # a model that never leaves its site is whole
+        if method.personal and shared != own:
+            if set(self.state) == shared:
+                raise UserError(f"{self._name()}: it is only what the sites share: take a site's own {OWN_BEST}")
+            expected = own
+        self._check(model, expected)
+        model.load_state_dict(self.state, strict=False)
+        return method, model.eval()
+
+    def check_shared(self) -> None:
+        """Raises `UserError` when this is not a global state of its method, from which its sites could go on."""
+        method, model = self._made()
+        self._check(model, set(method.shared_names(model)))
+
+    def _made(self) -> tuple[Method, nn.Module]:
         method = make_method(self.method, self.method_settings, TrainingSettings.from_dict(self.training))
-        model = method.build_model(weights="none")  # its values are in this file
+        return method, method.build_model(weights="none")  # its values are in this file
+
+    def _check(self, model: nn.Module, expected: set[str]) -> None:
         own = model.state_dict()
-        expected = set(method.shared_names(model) or own)  # a model that never leaves its site is whole
         for kind, names in (("lacks", expected - set(self.state)), ("has unknown", set(self.state) - expected)):
             if names:
                 raise UserError(f"{self._name()}: {kind} tensor '{min(names)}' ({len(names)} in all): use a whole file")
@@ -59,8 +79,6 @@ class ModelFile:
             if value.shape != own[name].shape:
                 shapes = f"{list(value.shape)}, not {list(own[name].shape)}"
                 raise UserError(f"{self._name()}: tensor '{name}' has shape {shapes}: the settings in it do not fit")
-        method.receive(model, self.state)
-        return method, model.eval()
 
     def _name(self) -> str:
         return f"model file {self.path}" if self.path else "model file"
@@ -129,16 +147,8 @@ def load_model(path: Path | str, method: str | None = None) -> ModelFile:
 
 
 def keep_as_best(last: Path, best: Path) -> Path:
-    """Make `best` what `last` is now. Model files are replaced and never changed, so a second name for it will do."""
-
-    def link(temporary: Path) -> None:
-        temporary.unlink()
-        try:
-            os.link(last, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(last, temporary)
-
-    return write_with(best, link)
+    """Make `best` what `last` is now."""
+    return link_file(last, best)
 
 
 def _made_here(training: Mapping[str, Any]) -> dict[str, str]:

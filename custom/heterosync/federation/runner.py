@@ -11,20 +11,36 @@ from typing import Any
 
 from torch import Tensor
 
-from heterosync.errors import HeteroSyncError, ProblemList, UserError
+from heterosync.errors import HeteroSyncError, ProblemList
 from heterosync.federation import checkin
-from heterosync.federation.fusion import Fusion
 from heterosync.federation.initial import initial_state, state_hash
-from heterosync.federation.modelfile import INITIAL_WEIGHTS, keep_as_best, load_model, save_model
-from heterosync.federation.results import RUN, RunRecorder, read_history
+from heterosync.federation.modelfile import (
+    BEST_MODEL,
+    INITIAL_WEIGHTS,
+    LAST_MODEL,
+    keep_as_best,
+    load_model,
+    save_model,
+)
+from heterosync.federation.results import RUN, RunRecorder
 from heterosync.federation.scoreboard import Scoreboard
-from heterosync.federation.site import OWN_MODEL, SiteTrainer, difference
+from heterosync.federation.server import Server, assets_of, memory_of
+from heterosync.federation.site import OWN_MODEL, SiteTrainer
+from heterosync.federation.trainings import (
+    Standing,
+    changed_ground,
+    changed_sites,
+    copy_training,
+    learning_info,
+    standing,
+)
 from heterosync.federation.wire import WirePolicy, payload_bytes
-from heterosync.files import make_folder, read_json
-from heterosync.methods import make_method
+from heterosync.files import make_folder, new_folder, read_json, write_json
+from heterosync.methods import get_method, make_method
 from heterosync.training.settings import TrainingSettings
 
-LAST_MODEL, BEST_MODEL = "last_model.pt", "best_model.pt"
+#: What trains in place of the sites where a method pools their images.
+POOL = "pooled"
 
 log = logging.getLogger("heterosync")
 
@@ -54,23 +70,42 @@ def run_inprocess(
     min_sites: int | None = None,
     stop: Callable[[int], bool] | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    resume: Path | str | None = None,
 ) -> RunSummary:
     """Train `method_name` over `sites` (name -> site folder), in site-name order, and write all results into `out`.
 
     Order: check-in; rounds of (each site receives and validates the global state, trains, returns its best snapshot;
-    fusion); validation of the last fusion; test of the best and the last model, for local methods of each site's own.
-    Run again on the same `out`, it goes on after the last finished round.
+    fusion); validation of the last fusion; test of the best and the last model, for personal methods of each site's
+    own. A pooled method trains in one place on the images of all sites, and is tested at each. Run again on the same
+    `out`, it goes on after the last finished round.
 
-    min_sites: sites needed at least; None means 2, or 1 for methods whose weights stay at home. stop: asked after every
+    resume: the folder of an earlier run, which stays as it is; a new `out` goes on with its training, as the next
+    segment of a chain of jobs does. Sites may then join, and start from the global model, or leave (unless the method
+    needs all of them).
+
+    min_sites: sites needed at least; None means 2, or 1 for methods that combine nothing. stop: asked after every
     round with the number of finished rounds; True ends the run, which may go on later. progress: gets a dictionary with
     "event" ("site", "round", "test") and what belongs to it.
 
     Raises `UserError` for settings, site folders and an `out` that do not fit, before anything is trained.
     """
+    if resume is not None and not (Path(out) / RUN).exists():
+        _begin_from(Path(resume), Path(out), learning_info(method_name, method_settings, training), sorted(sites))
     run = _Run(method_name, sites, Path(out), dict(method_settings or {}), dict(training or {}), progress)
-    if min_sites is None:
-        min_sites = 2 if run.shares else 1
-    return run.play(anchors_may_differ, min_sites, stop)
+    return run.play(anchors_may_differ, run.method.min_sites if min_sites is None else min_sites, stop)
+
+
+def _begin_from(earlier: Path, out: Path, mine: Mapping[str, Any], sites: list[str]) -> None:
+    """Make `out` a run of `sites` that stands where `earlier` does. Raises `UserError` before anything is written."""
+    method = get_method(str(mine["method"]))
+    standing(earlier, mine, method.weighting != "none", Scoreboard(TrainingSettings()))
+    record = read_json(earlier / RUN)
+    problems = changed_sites(record, sites) if method.needs_all else []
+    if problems:
+        raise ProblemList(problems)
+    with new_folder(out) as folder:
+        copy_training(earlier, folder)
+        write_json(folder / RUN, {**record, "sites": sites})
 
 
 class _Run:
@@ -90,31 +125,34 @@ class _Run:
         self.board = Scoreboard(self.training)
         self.metrics: dict[str, dict[str, dict[str, float]]] = {}
         self.info = {
-            "method": method,
-            "method_settings": self.method.settings.to_dict(),
-            "training": self.training.to_dict(),
-            "seed": self.training.seed,
+            **learning_info(method, settings, training),
             "sites": sorted(sites),
             "engine": "inprocess",
         }
         self.labels: list[str] = []
         self.origin: dict[str, str] = {}
-        self.done = self._finished_rounds()
+        self.stored = self._stands()
+        self.done = self.stored.rounds
         work = self.out / "sites"
-        self.sites = {
+        self.testers = {
             name: SiteTrainer(name, sites[name], method, settings, training, work / name, log.info)
             for name in sorted(sites)
         }
+        self.sites = self.testers  # those that train
+        if self.method.pooled:
+            self.sites = {POOL: SiteTrainer(POOL, sites, method, settings, training, work / POOL, log.info)}
 
     def play(self, anchors_may_differ: bool, min_sites: int, stop: Callable[[int], bool] | None) -> RunSummary:
         reports = {name: site.check_in() for name, site in self.sites.items()}
         problems = checkin.compare(reports, anchors_may_differ, min_sites)
+        first = next(iter(reports.values()))
+        if self.done and not anchors_may_differ:
+            problems += changed_ground(read_json(self.out / RUN), first["labels"], first["anchor_digest"])
         if problems:
             raise ProblemList(problems)
-        first = next(iter(reports.values()))
         self.labels = first["labels"]
         self.info.update(labels=self.labels, anchor_digest=first["anchor_digest"])
-        state = self._state()
+        state = self._start()
         self.recorder = RunRecorder(self.out, self.info, self.done)
         self.recorder.checked_in(reports)
         try:
@@ -140,27 +178,28 @@ class _Run:
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     def _rounds(self, state: dict[str, Tensor], stop: Callable[[int], bool] | None) -> tuple[dict[str, Tensor], str]:
-        fusion = Fusion(state, self.method.weighting, self.method.name)
         policy = WirePolicy(self.method.name, state)
         while self.done < self.training.rounds and not self.board.should_stop:
             if stop is not None and stop(self.done):
                 return state, "stopped: on request"
             round_, began = self.done, time.perf_counter()
-            fusion.start(round_)
+            self.server.start(round_, state)
             metrics, payload = {}, {}
             for name, site in self.sites.items():
                 contribution = site.train(round_, state)
                 policy.check(contribution.tensors, contribution.metrics)
-                fusion.accept(contribution)
-                metrics[name], payload[name] = contribution.metrics, payload_bytes(contribution.tensors)
+                self.server.accept(contribution)
+                metrics[name] = contribution.metrics
+                payload[name] = 0 if self.method.pooled else payload_bytes(contribution.tensors)
                 self.recorder.site_done(round_, name, contribution.metrics)
                 self.tell({"event": "site", "round": round_, "site": name, "metrics": contribution.metrics})
             aucs = {name: values.get("val_auc_received") for name, values in metrics.items()}
             if self.shares and self.board.add(round_, aucs):
                 keep_as_best(self.out / LAST_MODEL, self.out / BEST_MODEL)
-            state = fusion.result()
+            state = self.server.result()
             seconds = time.perf_counter() - began
             # First the record, then the model: a run cut off in between repeats the round, with the same outcome.
+            fusion = self.server.fusion
             self.recorder.round_done(round_, fusion.contributors, metrics, fusion.refused, seconds, payload)
             if self.shares:
                 self._save(state, round_ + 1)
@@ -178,11 +217,14 @@ class _Run:
         if self.board.add(self.done, aucs):
             keep_as_best(self.out / LAST_MODEL, self.out / BEST_MODEL)
         self.recorder.note(best_round=self.board.best, plateau_round=self.board.plateau)
-        self._test("best", load_model(self.out / BEST_MODEL).state)
+        if self.method.personal:
+            self._test(OWN_MODEL, None)
+        else:
+            self._test("best", load_model(self.out / BEST_MODEL).state)
         self._test("last", state)
 
     def _test(self, model: str, state: dict[str, Tensor] | None) -> None:
-        for name, site in self.sites.items():
+        for name, site in self.testers.items():
             metrics = site.validate(state, "test", model)
             self.metrics.setdefault(model, {})[name] = metrics
             self.recorder.tested(model, name, metrics)
@@ -190,37 +232,24 @@ class _Run:
 
     # -- what is on disk -----------------------------------------------------------------------------------------------
 
-    def _finished_rounds(self) -> int:
-        """Rounds that `out` holds already; 0 for a new folder. Raises `UserError` when `out` is of another run."""
-        if not (self.out / RUN).exists():
-            return 0
-        old = read_json(self.out / RUN)
-        other = difference(self.info, {name: old.get(name) for name in self.info})
-        if other:
-            raise UserError(f"{self.out} holds a run with another {other}: choose another folder")
-        if not self.shares:
-            return len(old.get("rounds", []))
-        if not (self.out / LAST_MODEL).exists():
-            return 0
-        done = load_model(self.out / LAST_MODEL, self.method.name).round
-        received: dict[int, dict[str, float]] = {}
-        for round_, site, metric, value in read_history(self.out):
-            if metric == "val_auc_received" and round_ < done:
-                received.setdefault(round_, {})[site] = value
-        for round_ in sorted(received):
-            self.board.add(round_, received[round_])
-        return done
+    def _stands(self) -> Standing:
+        """What `out` holds already; nothing for a new folder. Raises `UserError` when `out` is of another run."""
+        return standing(self.out, self.info, self.shares, self.board) if (self.out / RUN).exists() else Standing()
 
-    def _state(self) -> dict[str, Tensor]:
+    def _start(self) -> dict[str, Tensor]:
+        """The global state to go on from, new or of an interrupted run, and the server."""
         if self.done:
             log.info("going on after %d rounds in %s", self.done, self.out)
         if not self.shares:
+            self.server = Server(self.method, {})
             return {}
-        if self.done:
-            last = load_model(self.out / LAST_MODEL, self.method.name)
+        if self.done and self.stored.model is not None:
+            last = self.stored.model
             self.origin = {INITIAL_WEIGHTS: last.versions.get(INITIAL_WEIGHTS, "unknown")}
+            self.server = Server(self.method, last.state, memory_of(last.assets))
             return last.state
         state = initial_state(self.method)
+        self.server = Server(self.method, state)
         self._save(state, 0)
         return state
 
@@ -234,5 +263,6 @@ class _Run:
             state,
             self.labels,
             round_,
-            versions=self.origin,
+            assets_of(self.server.memory),
+            self.origin,
         )

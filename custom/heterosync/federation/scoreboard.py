@@ -37,6 +37,15 @@ class Scoreboard:
             return True
         return False
 
+    def take_up(self, aucs: Mapping[int, Mapping[str, float]], best: int | None) -> None:
+        """Go on after the models whose scores are `aucs`, of which `best` was kept: that file, not its score, decides,
+        since a model can be scored anew, on other images or by other sites."""
+        for model in sorted(aucs):
+            self.add(model, aucs[model])
+        if best is not None:
+            self.best = best
+            self.aucs.setdefault(best, {})
+
     def mean(self, model: int) -> float | None:
         """Mean AUC of `model` over the sites that scored it; None when none did."""
         known = self.aucs.get(model, {})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import logging
 import math
 import os
@@ -15,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterosync.data.dataset import load_site
+from heterosync.data.dataset import SiteData, load_site
+from heterosync.data.pool import load_pool
+from heterosync.data.site import MANIFEST
 from heterosync.errors import ProblemList, UserError
 from heterosync.federation import checkin
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.initial import own_weights
-from heterosync.federation.modelfile import load_model, save_model
+from heterosync.federation.modelfile import OWN_BEST, load_model, save_model
+from heterosync.federation.predictions import write_predictions
+from heterosync.federation.trainings import difference
 from heterosync.federation.wire import WirePolicy, is_site_name, reportable
-from heterosync.files import make_folder, read_json, write_json, write_text
+from heterosync.files import make_folder, read_json, write_json
 from heterosync.methods import make_method
 from heterosync.training.checks import check_device
 from heterosync.training.evaluation import Evaluation
@@ -32,32 +35,14 @@ from heterosync.training.selection import BestRound
 from heterosync.training.settings import TrainingSettings
 from heterosync.training.state import snapshot
 
-#: What local methods call a site's own model.
+#: What each site's own best model is called.
 OWN_MODEL = "local"
 
-#: A site's own best model in its work folder, and the name of its validation AUC (NaN: undefined) in that file.
-OWN_BEST, OWN_AUC = "own_best.pt", "validation_auc"
+#: Name of the validation AUC (NaN: undefined) in the file of a site's own best model.
+OWN_AUC = "validation_auc"
 
 #: Environment variable with the number of CPU threads of a trainer.
 THREADS = "HETEROSYNC_THREADS"
-
-PREDICTIONS = ["id", "split", "label", "probability", "model"]
-
-
-def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """In words, the first setting that keeps one run from going on with the other's files; None if there is none.
-
-    The number of rounds may differ: a training may go on longer.
-    """
-    for key, value in mine.items():
-        other = theirs.get(key)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            for name in sorted({*value, *other} - {"rounds"}):
-                if value.get(name) != other.get(name):
-                    return f"{key.replace('_', ' ')} '{name}' ({other.get(name)!r}, now {value.get(name)!r})"
-        elif value != other:
-            return f"{key.replace('_', ' ')} ({other!r}, now {value!r})"
-    return None
 
 
 def thread_count(configured: int | None, environ: Mapping[str, str] = os.environ) -> int | None:
@@ -75,9 +60,12 @@ def thread_count(configured: int | None, environ: Mapping[str, str] = os.environ
 class SiteTrainer:
     """Answers the three questions of a federation for one site: check_in, train, validate.
 
-    folder: the site folder (docs/data.md). work: this site's folder of this run; another SiteTrainer on the same folder
-    goes on where this one stopped. method_settings, training: what differs from the defaults; the site's own batch size
-    and device (site.yaml) win. log: gets one line per local epoch.
+    folder: the site folder (docs/data.md); for a pooled method also a folder of site folders, or these by name. work:
+    this site's folder of this training; another SiteTrainer on the same folder goes on where this one stopped. results:
+    where test results go, None for work/results. method_settings, training: what differs from the defaults; the site's
+    own batch size and device (site.yaml) win. log: gets one line per local epoch.
+
+    A manifest that has changed is read anew before the next round: new images join, old ones keep their split.
 
     Raises `UserError` for unknown settings, for a site folder with problems (all at once) and for a work folder that
     belongs to another run.
@@ -86,21 +74,25 @@ class SiteTrainer:
     def __init__(
         self,
         site: str,
-        folder: Path | str,
+        folder: Path | str | Mapping[str, Path | str],
         method_name: str,
         method_settings: Mapping[str, Any] | None,
         training: Mapping[str, Any] | None,
         work: Path | str,
         log: Callable[[str], None] | None = None,
+        results: Path | str | None = None,
     ):
         if not is_site_name(site):
             raise UserError(f"site name '{site}': use letters, digits, '-', '_' and '.', at most 63 of them")
-        self.site, self.folder, self.work = site, Path(folder), Path(work)
+        self.site, self.folder, self.work = site, folder, Path(work)
+        self._results = Path(results) if results is not None else self.work / "results"
         self.method = make_method(method_name, dict(method_settings or {}), TrainingSettings.from_dict(training or {}))
         self._log = log or logging.getLogger("heterosync").info
         make_folder(self.work)
         self._claim()
         self._opened: LocalTrainer | None = None
+        self._manifest = ""
+        self._finished: int | None = None  # the round that was trained last
 
     # -- what a federation asks ----------------------------------------------------------------------------------------
 
@@ -127,8 +119,9 @@ class SiteTrainer:
 
         Asked again for the round it finished last, with the same state, it answers the same without training.
         """
-        trainer = self._trainer()
+        trainer = self._with_new_images(self._trainer())
         result = trainer.train_round(round_, shared or None)
+        self._finished = round_
         names = self.method.shared_names(trainer.model)
         if not names:
             self._keep_own_best(round_, result.metrics.get("val_auc_best"), result.state)
@@ -144,13 +137,18 @@ class SiteTrainer:
     def validate(self, shared: Mapping[str, Tensor] | None, split: str, model_name: str) -> dict[str, float]:
         """Score `split` with the global state `shared`, or with this site's own best model when there is none.
 
-        For the test split, work/results gets predictions.csv and metrics.json, one entry per `model_name`. Returned are
-        the defined scalars only: auc, ci_low, ci_high, accuracy, recall, precision, n, n_positive.
+        A personal method combines `shared` with what the site keeps; scored on the validation split, as after the last
+        round, the outcome is a candidate for the own best model.
+
+        For the test split, the results folder gets predictions.csv and metrics.json, one entry per `model_name`.
+        Returned are the defined scalars only: auc, ci_low, ci_high, accuracy, recall, precision, n, n_positive.
         """
         trainer = self._trainer()
         result = trainer.evaluate(split, shared) if shared else self._evaluate_own(trainer, split)
+        if shared and split == "validation" and self.method.personal and self._finished is not None:
+            self._keep_own_best(self._finished, result.metrics["auc"], trainer.state_with(shared))
         if split == "test":
-            self._write_results(result, split, model_name)
+            write_predictions(self._results, self.site, result, split, model_name)
         return reportable(result.metrics)
 
     # -- opening -------------------------------------------------------------------------------------------------------
@@ -162,10 +160,8 @@ class SiteTrainer:
 
     def _open(self) -> LocalTrainer:
         settings = self.method.training
-        try:
-            data = load_site(self.folder, settings.image_size, settings.channels, need_anchor=self.method.uses_anchor)
-        except UserError as error:
-            raise ProblemList([f"site {self.site}: {line}" for line in str(error).splitlines()]) from error
+        self._manifest = self._manifest_state()
+        data = self._load()
         threads = thread_count(data.config.threads)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -175,13 +171,51 @@ class SiteTrainer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(self.site, torch.device(device))
-        precision = self._precision(device)
+        return self._over(data, device, self._precision(device))
+
+    def _load(self) -> SiteData:
+        settings = self.method.training
+        load: Callable[..., SiteData] = load_pool if self.method.pooled else load_site
+        try:
+            return load(self.folder, settings.image_size, settings.channels, need_anchor=self.method.uses_anchor)
+        except UserError as error:
+            raise ProblemList([f"site {self.site}: {line}" for line in str(error).splitlines()]) from error
+
+    def _over(self, data: SiteData, device: str, precision: str) -> LocalTrainer:
         trainer = LocalTrainer(self.method, data, self.site, device, precision, self.work, self._report)
-        finished = trainer.restore()
+        finished = self._finished = trainer.restore()
+        if self.method.personal and self.method.shared_names(trainer.model):
+            trainer.received = lambda round_, auc: self._received(trainer, round_, auc)
         again = f", goes on after round {finished}" if finished is not None else ""
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
         self._log(f"site {self.site}: {counts} images; {device}, {precision}{again}")
         return trainer
+
+    def _with_new_images(self, trainer: LocalTrainer) -> LocalTrainer:
+        """`trainer`, over the images that the manifest has now. While it cannot be used, as in the middle of an edit,
+        the round goes on with the images at hand; what is wrong is logged."""
+        state = self._manifest_state()
+        if state == self._manifest:
+            return trainer
+        self._manifest = state
+        try:
+            data = self._load()
+            if (data.labels, data.anchor_digest) != (trainer.data.labels, trainer.data.anchor_digest):
+                raise UserError(f"site {self.site}: labels or anchor pack changed while the job runs: put them back")
+        except UserError as error:
+            for line in str(error).splitlines():
+                self._log(f"{line}; the round goes on with the images as they were")
+            return trainer
+        self._opened = self._over(data, str(trainer.device), trainer.precision)
+        return self._opened
+
+    def _manifest_state(self) -> str:
+        """Changes when a manifest does."""
+        folders = [*self.folder.values()] if isinstance(self.folder, Mapping) else [self.folder]
+        files = [Path(folder) / MANIFEST for folder in folders]
+        if self.method.pooled:
+            files += [file for folder in folders for file in sorted(Path(folder).glob(f"*/{MANIFEST}"))]
+        return " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file())
 
     def _precision(self, device: str) -> str:
         """Decided once per run and kept, so that a restarted site goes on with the same arithmetic."""
@@ -211,8 +245,13 @@ class SiteTrainer:
 
     # -- own models and results ----------------------------------------------------------------------------------------
 
+    def _received(self, trainer: LocalTrainer, round_: int, auc: float | None) -> None:
+        """A personal method's model of the round before, fused: what this site would use from now on."""
+        if round_ > 0:  # the initial model is never the best
+            self._keep_own_best(round_ - 1, auc, snapshot(trainer.model))
+
     def _keep_own_best(self, round_: int, value: float | None, state: Mapping[str, Tensor]) -> None:
-        """Of the models that never leave, keep the one with the highest validation AUC (ties: the later round)."""
+        """Of the models of this site alone, keep the one with the highest validation AUC (ties: the later round)."""
         file = self.work / OWN_BEST
         best = BestRound()
         if file.exists() and round_ > 0:
@@ -241,22 +280,6 @@ class SiteTrainer:
             return trainer.evaluate(split)
         finally:
             trainer.model.load_state_dict(current)
-
-    def _write_results(self, result: Evaluation, split: str, model: str) -> None:
-        folder = make_folder(self.work / "results")
-        rows: list[list[Any]] = []
-        table = folder / "predictions.csv"
-        if table.exists():
-            with table.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if row[-1] != model]
-        scored = zip(result.ids, result.labels.tolist(), result.probabilities.tolist(), strict=True)
-        rows += [[id_, split, label, probability, model] for id_, label, probability in scored]
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([PREDICTIONS, *rows])
-        write_text(table, text.getvalue())
-        summary = folder / "metrics.json"
-        metrics = read_json(summary) if summary.exists() else {}
-        write_json(summary, {**metrics, model: {"site": self.site, "split": split, **result.metrics}})
 
     def _report(self, event: Mapping[str, Any]) -> None:
         where = f"round {event['round'] + 1}/{event['rounds']}, epoch {event['epoch'] + 1}/{event['epochs']}"

@@ -56,6 +56,7 @@ class TrainerProcess:
         timeout: float | None = None,
         abort: Callable[[], bool] | None = None,
         stall: float | None = STALL,
+        results: Path | str | None = None,
     ):
         self.site, self.work, self.timeout, self.abort = site, Path(work).absolute(), timeout, abort
         self.stall = stall
@@ -66,6 +67,7 @@ class TrainerProcess:
             "method_settings": dict(method_settings or {}),
             "training": dict(training or {}),
             "work": str(self.work),
+            "results": str(Path(results).absolute()) if results is not None else None,
         }
         self._log = log or (lambda line: None)
         self._child: subprocess.Popen[str] | None = None

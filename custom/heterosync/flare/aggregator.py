@@ -16,29 +16,32 @@ from nvflare.app_common.app_event_type import AppEventType
 
 from heterosync.errors import ContributionRefused
 from heterosync.federation.contribution import Contribution
-from heterosync.federation.fusion import Fusion
+from heterosync.federation.server import Server
 from heterosync.federation.wire import Blocked, WirePolicy, payload_bytes
 from heterosync.flare import messages
+from heterosync.flare.persistor import MEMORY
 from heterosync.flare.supervised import guarded
-from heterosync.methods import get_method
+from heterosync.methods import make_method
+from heterosync.training.settings import TrainingSettings
 
 
 class EqualWeightAggregator(Aggregator):
     """Means the contributions of a round with equal weights (paper equation 1), whatever the size of a site.
 
-    It wraps `Fusion`: order of arrival does not matter, contributions wait on disk in the run folder, and one that does
-    not fit is refused by name while the round goes on. (A method that asks for sample weights gets them.)
+    It wraps `Server`: order of arrival does not matter, contributions wait on disk in the run folder, and one that does
+    not fit is refused by name while the round goes on. (A method that asks for sample weights gets them, and one with a
+    server's rule of its own has it applied to the mean.)
 
-    method: name of the method that the job trains.
+    method, method_settings, training: as in the executor.
 
     Read by the controller after `close`, each by site: `metrics` (scalars), `refused` (reason), `payload` (bytes); the
     first and the last do not change then, however late a site answers.
     """
 
-    def __init__(self, method: str):
+    def __init__(self, method: str, method_settings: dict | None = None, training: dict | None = None):
         super().__init__()
-        self._method = method
-        self._fusion: Fusion | None = None
+        self._method, self._settings, self._training = method, method_settings or {}, training or {}
+        self._server: Server | None = None
         self._spill: Path | None = None
         self._round = -1
         self._open = False
@@ -58,10 +61,11 @@ class EqualWeightAggregator(Aggregator):
         with self._lock:
             state = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS] or {}
             self._round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
-            if self._fusion is None:
+            if self._server is None:
                 self._spill = messages.run_folder(fl_ctx) / "contributions"
-                self._fusion = Fusion(state, get_method(self._method).weighting, self._method, spill=self._spill)
-            self._fusion.start(self._round)
+                method = make_method(self._method, self._settings, TrainingSettings.from_dict(self._training))
+                self._server = Server(method, state, fl_ctx.get_prop(MEMORY), self._spill)
+            self._server.start(self._round, state)
             self.metrics, self.refused, self.payload = {}, {}, {}
             self._open = True
 
@@ -93,7 +97,7 @@ class EqualWeightAggregator(Aggregator):
     def _take(self, site: str, shareable: Shareable) -> str | None:
         """Add an answer to the fusion; the reason when it does not fit."""
         try:
-            if self._fusion is None:
+            if self._server is None:
                 return "no round has begun"
             sent_for = shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
             if sent_for != self._round:
@@ -101,7 +105,7 @@ class EqualWeightAggregator(Aggregator):
             if not self._open:
                 return "the round is closed"
             contribution = self._read(site, shareable)
-            self._fusion.accept(contribution)
+            self._server.accept(contribution)
             self.payload[site] = payload_bytes(contribution.tensors)
             self.metrics[site] = contribution.metrics
             return None
@@ -114,12 +118,14 @@ class EqualWeightAggregator(Aggregator):
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
         """The fused state as a message; an empty one when no tensors are shared or nobody contributed."""
-        assert self._fusion is not None
+        assert self._server is not None
         self.close()
-        fused = self._fusion.result() if self.metrics and self._fusion.reference else {}
-        return messages.tensors_message(fused)
+        state = self._server.result() if self.metrics and self._server.fusion.reference else {}
+        fl_ctx.set_prop(MEMORY, self._server.memory, private=True, sticky=True)
+        return messages.tensors_message(state)
 
     def _read(self, site: str, shareable: Shareable) -> Contribution:
+        assert self._server is not None
         tensors, fields = messages.open_message(shareable)
         metrics = fields.get("metrics", {})
         if not isinstance(metrics, dict):
@@ -129,7 +135,7 @@ class EqualWeightAggregator(Aggregator):
             site=site,
             method=str(fields.get("method")),
             round=fields.get("round", -1),
-            tensors=messages.materialized(tensors),
+            tensors=messages.materialized(tensors, self._server.fusion.reference),
             metrics={name: float(value) for name, value in metrics.items()},
             samples=int(fields.get("samples", 0)),
         )

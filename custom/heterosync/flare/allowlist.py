@@ -18,11 +18,32 @@ AGGREGATOR = "heterosync.flare.aggregator.EqualWeightAggregator"
 CONTROLLER = "heterosync.flare.controller.HeteroSyncController"
 PERSISTOR = "heterosync.flare.persistor.GlobalModelPersistor"
 OUTBOUND_FILTER = "heterosync.flare.filters.OutboundFilter"
+DP_FILTER = "heterosync.flare.dp_filter.NoisyUpdateFilter"
+SWARM_EXECUTOR = "heterosync.flare.swarm_site.SwarmExecutor"
+SWARM_AGGREGATOR = "heterosync.flare.swarm_site.SwarmAggregator"
+SWARM_PERSISTOR = "heterosync.flare.swarm_site.SwarmPersistor"
+SWARM_CONTROLLER = "heterosync.flare.swarm.SwarmController"
+SERVER_GATE = "heterosync.flare.swarm_site.ServerGate"
+PEER_GATE = "heterosync.flare.swarm_site.PeerGate"
 SHAREABLE_GENERATOR = (
     "nvflare.app_common.shareablegenerators.full_model_shareable_generator.FullModelShareableGenerator"
 )
+SWARM_CLIENT = "nvflare.app_common.ccwf.swarm_client_ctl.SwarmClientController"
 
-OUR_CLASSES = (EXECUTOR, AGGREGATOR, CONTROLLER, PERSISTOR, OUTBOUND_FILTER)
+OUR_CLASSES = (
+    EXECUTOR,
+    AGGREGATOR,
+    CONTROLLER,
+    PERSISTOR,
+    OUTBOUND_FILTER,
+    DP_FILTER,
+    SWARM_EXECUTOR,
+    SWARM_AGGREGATOR,
+    SWARM_PERSISTOR,
+    SWARM_CONTROLLER,
+    SERVER_GATE,
+    PEER_GATE,
+)
 
 
 def class_allow_list() -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from nvflare.apis.fl_context import FLContext
@@ -14,18 +13,26 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_event_type import AppEventType
 
-from heterosync.federation import checkin
-from heterosync.federation.modelfile import load_model
-from heterosync.federation.results import RunRecorder
-from heterosync.federation.runner import BEST_MODEL
-from heterosync.federation.scoreboard import Scoreboard
+from heterosync.federation.modelfile import BEST_MODEL, load_model
+from heterosync.federation.results import RUN
 from heterosync.federation.site import OWN_MODEL
-from heterosync.federation.wire import WirePolicy
+from heterosync.federation.trainings import (
+    BEGUN_WITH,
+    SEGMENT_DONE,
+    SERVER,
+    Standing,
+    TrainingStore,
+    changed_ground,
+    changed_sites,
+    standing,
+    training_folder,
+)
+from heterosync.files import read_json
 from heterosync.flare import messages
-from heterosync.flare.persistor import LABELS, keep_as_best
+from heterosync.flare.persistor import STORED, keep_as_best
 from heterosync.flare.supervised import CHECK_PERIOD, Stopped, SupervisedRounds, cause_of
-from heterosync.methods import make_method
-from heterosync.training.settings import TrainingSettings
+
+GONE = "no answer in two rounds running; not waited for in the rest of this job"
 
 log = logging.getLogger("heterosync")
 
@@ -39,8 +46,13 @@ class HeteroSyncController(SupervisedRounds):
     task_timeout: the same for the check-in and every validation. anchors_may_differ: do not insist on equal anchors.
     uploads_to_disk: receive models into files, so that the memory of the server does not grow with the number of sites.
 
-    Only sites that pass the check-in take part. A round that too few of them contribute to ends the job; the model of
-    the round before stays as `last_model.pt`.
+    training_id: the training that this job goes on with (the id of its first job), "" to begin one; `training` then
+    says how many rounds there are in all. segment_rounds: rounds of this job, 0 for all that are left; the last model
+    is scored and tested by the job that ends the training.
+
+    Only sites that pass the check-in take part, in every job of a training anew. A round that too few of them
+    contribute to ends the job; the model of the round before stays as `last_model.pt`. A site that does not answer in
+    two rounds running is not waited for again in this job.
     """
 
     def __init__(
@@ -54,49 +66,44 @@ class HeteroSyncController(SupervisedRounds):
         task_timeout: int = 3600,
         anchors_may_differ: bool = False,
         uploads_to_disk: bool = True,
+        training_id: str = "",
+        segment_rounds: int = 0,
     ):
         super().__init__(
-            WirePolicy(method, {}),
+            method,
+            method_settings,
+            training,
+            min_clients,
+            wait_time_after_min_received,
             task_timeout,
-            min_clients=max(1, min_clients),
-            wait_time_after_min_received=wait_time_after_min_received,
+            anchors_may_differ,
             train_timeout=train_timeout,
             persistor_id="persistor",
             allow_empty_global_weights=True,  # methods whose weights stay at the sites
             task_check_period=CHECK_PERIOD,
             snapshot_every_n_rounds=0,
-            memory_gc_rounds=0,  # `SupervisedRounds` collects while a task is out, when it matters
+            memory_gc_rounds=0,  # `SupervisedRounds` collects during every task
             enable_tensor_disk_offload=uploads_to_disk,
         )
-        self._method_name, self._settings, self._training = method, method_settings or {}, training or {}
-        self._all_expected = min_clients == 0
-        self._anchors_may_differ = anchors_may_differ
-        self._outside: dict[str, str] = {}  # who did not pass the check-in, and why
+        self._training_id, self._segment_rounds = training_id, segment_rounds
+        self._store: TrainingStore | None = None
+        self._earlier: dict[str, Any] = {}  # run.json of the jobs before this one
         self._failed: dict[str, str] = {}
+        self._silent: dict[str, int] = {}  # site -> rounds running without an answer
+        self._gone: dict[str, str] = {}  # sites that are not waited for any more, and why
         self._began = 0.0
 
     # -- FLARE's life cycle --------------------------------------------------------------------------------------------
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Check every setting before any site is asked for anything."""
-        self._folder = messages.run_folder(fl_ctx)
         try:
             messages.register_tensors()
-            training = TrainingSettings.from_dict(self._training)
-            method = make_method(self._method_name, self._settings, training)
-            self._num_rounds = training.rounds
-            self._weights_leave = method.weighting != "none"
-            self._scores = Scoreboard(training)
-            info = {
-                "method": method.name,
-                "method_settings": method.settings.to_dict(),
-                "training": training.to_dict(),
-                "seed": training.seed,
-                "engine": "flare",
-                "job_id": fl_ctx.get_job_id(),
-            }
-            self._recorder = RunRecorder(self._folder, info)
+            self._rounds = self._prepare(fl_ctx).rounds
+            left = 0 if self._scores.should_stop else max(0, self._rounds - self._start_round)
+            self._num_rounds = min(left, self._segment_rounds or left)
             super().start_controller(fl_ctx)
+            self._keep()
         except Exception as error:
             self._stop(cause_of(error), fl_ctx)
 
@@ -107,8 +114,12 @@ class HeteroSyncController(SupervisedRounds):
                 self._check_in(abort_signal, fl_ctx)
                 super().control_flow(abort_signal, fl_ctx)
             if not abort_signal.triggered and not self._stop_line:
-                self._finish(abort_signal, fl_ctx)
-                status = "completed"
+                if self._current_round < self._rounds and not self._scores.should_stop:
+                    self._recorder.note(best_round=self._scores.best)
+                    status = SEGMENT_DONE
+                else:
+                    self._finish(abort_signal, fl_ctx)
+                    status = "completed"
         except Exception as error:
             if not (abort_signal.triggered and isinstance(error, Stopped)):
                 self._stop(cause_of(error), fl_ctx)
@@ -117,6 +128,9 @@ class HeteroSyncController(SupervisedRounds):
                 status = f"failed: {self._stop_line}"
             if hasattr(self, "_recorder"):
                 self._guarded(fl_ctx, self._recorder.finish, status)
+                self._guarded(fl_ctx, self._keep)
+            if self._store is not None:
+                self._store.release()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
@@ -126,36 +140,40 @@ class HeteroSyncController(SupervisedRounds):
             self._guarded(fl_ctx, self._before_fusion, fl_ctx)
         elif event_type == AppEventType.ROUND_DONE:
             self._guarded(fl_ctx, self._after_fusion)
+            self._guarded(fl_ctx, self._keep)
 
-    # -- before round 0 ------------------------------------------------------------------------------------------------
+    # -- the training that the job is a segment of ---------------------------------------------------------------------
 
-    def _check_in(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Ask every site what it has. Raises `Stopped` when too few answer or when they do not fit together."""
-        self._sites = sorted(client.name for client in self._engine.get_clients())
-        if self._all_expected:
-            self._min_clients = len(self._sites)
-        if self._min_clients > len(self._sites):
-            here = ", ".join(self._sites)
-            raise Stopped(f"{len(self._sites)} sites take part ({here}), the job's min_clients is {self._min_clients}")
-        what = "the check-in"
-        answers = self._ask(messages.CHECK_IN, messages.scalars_message({}), what, abort_signal, fl_ctx)
-        problems = self._lacking(answers, what)
-        if problems:
-            raise Stopped("\n".join(problems))
-        reports = answers.good
-        least = max(self._min_clients, 2 if self._weights_leave else 1)
-        problems = checkin.compare(reports, self._anchors_may_differ, min_sites=least)
-        if problems:
-            raise Stopped("\n".join(problems))
-        first = reports[min(reports)]
-        fl_ctx.set_prop(LABELS, tuple(first["labels"]), private=True, sticky=True)
-        self._recorder.checked_in(reports)
-        self._sites = names = sorted(reports)
-        self._outside = answers.failed
-        if self._outside:
-            self._recorder.note(not_checked_in=self._outside)
-        self._recorder.note(sites=names, labels=first["labels"], anchor_digest=first.get("anchor_digest"))
-        log.info("check-in: %d sites fit together: %s", len(names), ", ".join(names))
+    def _take_up(self, info: dict[str, Any], fl_ctx: FLContext) -> int:
+        mine = {key: info[key] for key in ("method", "method_settings", "training")}
+        name = self._training_id or str(info["job_id"])
+        store = TrainingStore(training_folder(self._folder.parent, SERVER, name))
+        store.hold(begin=not self._training_id)
+        self._store, stored = store, Standing()
+        if self._training_id:
+            stored = standing(store.folder, mine, self._weights_leave, self._scores, f"training '{name}'")
+            self._earlier = read_json(store.folder / RUN)
+            store.fetch(self._folder)
+            info.update({key: self._earlier[key] for key in BEGUN_WITH if key in self._earlier})  # until the check-in
+            log.info("training %s goes on after %d rounds", name, stored.rounds)
+        segment = {"job_id": info["job_id"], "first_round": stored.rounds}
+        info.update(training_id=name, segments=[*self._earlier.get("segments", []), segment])
+        self._start_round = stored.rounds
+        fl_ctx.set_prop(STORED, stored.model, private=True, sticky=False)
+        return stored.rounds
+
+    def _keep(self) -> None:
+        """Store how far the training has come, where it outlives this job."""
+        if self._store is not None:
+            self._store.keep(self._folder)
+
+    def _changed(self, report: Mapping[str, Any], sites: list[str]) -> list[str]:
+        problems = []
+        if self._start_round and not self._anchors_may_differ:
+            problems += changed_ground(self._earlier, report["labels"], report["anchor_digest"])
+        if self._start_round and self._rules.needs_all:
+            problems += changed_sites(self._earlier, sites)
+        return problems
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -164,7 +182,7 @@ class HeteroSyncController(SupervisedRounds):
     ) -> bool:
         """Take a site's answer. A failed one is recorded with its reason; the job ends when too few sites remain."""
         if client_name not in self._sites:
-            self.aggregator.refuse(client_name, "it did not pass the check-in", fl_ctx)
+            self.aggregator.refuse(client_name, self._gone.get(client_name, "it did not pass the check-in"), fl_ctx)
             return False
         failure = messages.failure_of(result)
         if failure is None:
@@ -197,7 +215,18 @@ class HeteroSyncController(SupervisedRounds):
         )
         if self._scores.should_stop:
             log.info("early stop: the plateau rule fired at model %s", self._scores.plateau)
-            self._num_rounds = self._current_round + 1
+            self._num_rounds = self._current_round + 1 - self._start_round
+        self._wait_no_longer_for_the_silent()
+
+    def _wait_no_longer_for_the_silent(self) -> None:
+        """Leave out, for the rest of the job, who did not answer in two rounds running; the next segment asks again."""
+        absent = self._absent()
+        for site in list(self._sites):
+            self._silent[site] = self._silent.get(site, 0) + 1 if absent.get(site) == messages.NO_ANSWER else 0
+            if self._silent[site] == 2:
+                self._gone[site] = self._outside[site] = GONE
+                self._sites.remove(site)
+                log.warning("site %s: %s", site, GONE)
 
     def _judge(self, model: int, aucs: Mapping[str, float | None]) -> None:
         """Score the model after `model` rounds, which `last_model.pt` holds; keep it if it is the best so far."""
@@ -222,7 +251,9 @@ class HeteroSyncController(SupervisedRounds):
         else:
             problems = self._score_last_fusion(abort_signal, fl_ctx)
             models: dict[str, Callable[[], Mapping[str, Any]]] = {"last": self._last_state}
-            if self._scores.best is not None:  # none when the only fusion of the job was not scored by enough sites
+            if self._rules.personal:
+                models = {OWN_MODEL: dict, **models}
+            elif self._scores.best is not None:  # none when the only fusion of the job was not scored by enough sites
                 models = {"best": lambda: load_model(self._folder / BEST_MODEL).state, **models}
             problems += self._test(models, abort_signal, fl_ctx)
         if problems:
@@ -243,27 +274,3 @@ class HeteroSyncController(SupervisedRounds):
         self._recorder.validation(self._current_round, aucs)
         self._recorder.note(best_round=self._scores.best, plateau_round=self._scores.plateau)
         return problems
-
-    def _test(
-        self, models: Mapping[str, Callable[[], Mapping[str, Any]]], abort_signal: Signal, fl_ctx: FLContext
-    ) -> list[str]:
-        """Test one model after the other, each read when its turn comes; record what comes in, return the problems."""
-        missing: dict[str, dict[str, str]] = {}
-        problems: list[str] = []
-        for name, state in models.items():
-            record = partial(self._recorder.tested, name)
-            answers, what = self._validate(name, state(), "test", abort_signal, fl_ctx, record)
-            if answers.failed:
-                missing[name] = answers.failed
-                self._recorder.note(not_tested=missing)
-            problems += self._lacking(answers, what)
-        return problems
-
-    def _validate(
-        self, name: str, state: Mapping[str, Any], split: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
-    ) -> tuple[messages.Answers, str]:
-        message = messages.tensors_message(state)
-        message.set_header(messages.SPLIT, split)
-        message.set_header(messages.MODEL, name)
-        what = f"the {split} of model '{name}'"
-        return self._ask(messages.VALIDATE, message, what, signal, fl_ctx, arrived), what

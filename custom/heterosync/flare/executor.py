@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import traceback
-from pathlib import Path
 from typing import Any
 
 from nvflare.apis.event_type import EventType
@@ -18,6 +17,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 from heterosync.data.site import find_site_folder
 from heterosync.errors import TrainerDied, TrainerHung, UserError
+from heterosync.federation.trainings import training_folder
 from heterosync.federation.wire import reportable
 from heterosync.flare import messages
 
@@ -30,11 +30,13 @@ class HeteroSyncExecutor(Executor):
     """Supervises a trainer: a process of its own with a fixed command (never one that a job names), or in this process.
 
     A client job process that dies fails the whole job; a trainer that dies is started again and costs a repeated task,
-    at worst its site one round. All state lies in the work folder `heterosync/` of the site's run folder: any process
-    of the same job can go on with it (the simulator starts one per task when it has fewer threads than clients).
+    at worst its site one round. All state lies in the site's folder of the training (see `trainings`): any process of
+    the same job can go on with it (the simulator starts one per task when it has fewer threads than clients), and so
+    can a later job of the training. Test results go into `heterosync/results/` of the site's run folder.
 
     method: name of the method, for example "hsl". method_settings, training: what differs from their defaults.
     in_process: train inside this process; quicker to start, for tests and small simulations.
+    training_id: the training that this job goes on with; "" begins one, under the id of the job.
 
     Failures go into the site's log in full; the server only learns a reason out of `messages.REASONS`.
     """
@@ -45,10 +47,11 @@ class HeteroSyncExecutor(Executor):
         method_settings: dict | None = None,
         training: dict | None = None,
         in_process: bool = False,
+        training_id: str = "",
     ):
         super().__init__()
         self._method, self._settings, self._training = method, method_settings or {}, training or {}
-        self._in_process = in_process
+        self._in_process, self._training_id = in_process, training_id
         self._trainer: Any = None
         self._lock = threading.Lock()
         self._problems: list[str] = []
@@ -69,6 +72,7 @@ class HeteroSyncExecutor(Executor):
             round_ = shareable.get_header(AppConstants.CURRENT_ROUND)
             fl_ctx.set_prop(messages.ROUND, round_, private=True, sticky=False)
             reason = ""
+            fl_ctx.set_prop(messages.TASK, shareable, private=True, sticky=False)
             for attempt in (1, 2):
                 try:
                     trainer = self._get_trainer(fl_ctx)
@@ -123,15 +127,17 @@ class HeteroSyncExecutor(Executor):
         site = fl_ctx.get_identity_name()
         scope = fl_ctx.get_prop(FLContextKey.SCOPE_PROPERTIES) or {}
         folder = find_site_folder(site, scope.get(DATA_ROOT), os.environ)
-        work: Path = messages.run_folder(fl_ctx) / WORK
-        say = self.logger.info
+        run = messages.run_folder(fl_ctx)
+        work = training_folder(run.parent, site, self._training_id or fl_ctx.get_job_id())
+        learning = (self._method, self._settings, self._training)
+        options: dict[str, Any] = {"log": self.logger.info, "results": run / WORK / "results"}
         if self._in_process:
             from heterosync.federation.site import SiteTrainer
 
-            return SiteTrainer(site, folder, self._method, self._settings, self._training, work, log=say)
+            return SiteTrainer(site, folder, *learning, work, **options)
         from heterosync.federation.worker import TrainerProcess
 
-        return TrainerProcess(site, folder, self._method, self._settings, self._training, work, log=say)
+        return TrainerProcess(site, folder, *learning, work, **options)
 
     def _close(self) -> None:
         with self._lock:

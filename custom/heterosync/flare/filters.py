@@ -36,6 +36,8 @@ class OutboundFilter(Filter):
     method, method_settings, training: as in the executor; they fix the names, shapes and types of the shared tensors.
     """
 
+    audit_file = AUDIT_FILE
+
     def __init__(self, method: str, method_settings: dict | None = None, training: dict | None = None):
         super().__init__()
         self._method, self._settings, self._training = method, method_settings or {}, training or {}
@@ -51,6 +53,7 @@ class OutboundFilter(Filter):
                 record.update(left=True, failure=str(shareable.get_return_code()), items=[])
                 reply = _bare_failure(shareable)
             else:
+                self._prepare(fl_ctx)
                 tensors, scalars, reply = self._checked(task, shareable)
                 reply.set_return_code(ReturnCode.OK)
                 record.update(left=True, items=audit_lines(tensors, scalars))
@@ -63,31 +66,38 @@ class OutboundFilter(Filter):
         try:
             self._write(record, fl_ctx)
         except OSError:
-            self.logger.warning("%scannot write %s: without it nothing leaves", messages.PROBLEM, AUDIT_FILE)
+            self.logger.warning("%scannot write %s: without it nothing leaves", messages.PROBLEM, self.audit_file)
             return messages.refusal("blocked")
         return reply
+
+    def _prepare(self, fl_ctx: FLContext) -> None:
+        """Called before each message is checked; may raise `Blocked`."""
+
+    def _may_leave(self, tensors: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of a message that passed the wire policy which leave with it. May raise `Blocked`."""
+        return reportable(metrics)
 
     def _checked(self, task: str, shareable: Shareable) -> tuple[dict[str, Any], dict[str, Any], Shareable]:
         """Tensors and scalars of a permitted answer, and a message of these alone. Raises `Blocked`."""
         if task not in messages.TASKS:
-            raise _blocked(f"answers to task '{task[:40]}' are not foreseen")
+            raise blocked(f"answers to task '{task[:40]}' are not foreseen")
         headers = set(shareable.get(ReservedHeaderKey.HEADERS, {}))
         for name in sorted({str(key) for key in shareable} - _KEYS) + sorted(map(str, headers - _HEADERS)):
-            raise _blocked(f"the message holds '{name[:40]}'")
+            raise blocked(f"the message holds '{name[:40]}'")
         tensors, scalars = messages.open_message(shareable)
         policy = self._get_policy()
         if task == messages.TRAIN:
-            envelope = _opened(scalars)
+            envelope = opened(scalars)
             policy.check(tensors, envelope["metrics"])
-            envelope["metrics"] = reportable(envelope["metrics"])
+            envelope["metrics"] = self._may_leave(tensors, envelope["metrics"])
             return tensors, envelope["metrics"], messages.tensors_message(tensors, envelope)
         if tensors:
-            raise _blocked(f"the task {task} is answered with scalars only")
+            raise blocked(f"the task {task} is answered with scalars only")
         if task == messages.CHECK_IN:
             policy.check_report(scalars)
         else:
             policy.check({}, scalars)
-            scalars = reportable(scalars)
+            scalars = self._may_leave({}, scalars)
         return {}, scalars, messages.scalars_message(scalars)
 
     def _get_policy(self) -> WirePolicy:
@@ -100,22 +110,23 @@ class OutboundFilter(Filter):
         return self._policy
 
     def _write(self, record: Mapping[str, Any], fl_ctx: FLContext) -> None:
-        with (messages.run_folder(fl_ctx) / AUDIT_FILE).open("a", encoding="utf-8") as file:
+        with (messages.run_folder(fl_ctx) / self.audit_file).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _opened(envelope: Mapping[str, Any]) -> dict[str, Any]:
+def opened(envelope: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that go with the tensors of a training answer. Raises `Blocked` when they are not `ENVELOPE`."""
     for name, value in envelope.items():
         kind = ENVELOPE.get(name)
         if kind is None or not isinstance(value, kind) or isinstance(value, bool):
-            raise _blocked(f"field '{str(name)[:40]}' of a training answer is not foreseen")
+            raise blocked(f"field '{str(name)[:40]}' of a training answer is not foreseen")
     if envelope.get("method") not in method_names():
-        raise _blocked("a training answer names a method that does not exist")
+        raise blocked("a training answer names a method that does not exist")
     return {name: kind(envelope.get(name, kind())) for name, kind in ENVELOPE.items()}
 
 
-def _blocked(what: str) -> Blocked:
+def blocked(what: str) -> Blocked:
+    """The error of a filter that holds something back."""
     return Blocked(f"blocked from leaving the site: {what}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from heterosync.federation.privacy import epsilon_of
 from heterosync.methods.base import Method, bytes_per_round
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     model = method.build_model(weights="none")
     names, size = method.shared_names(model), bytes_per_round(method, model)
     training = method.training
-    least = f"{options.min_clients} sites" if options.min_clients else "all sites that take part"
+    least = (
+        f"{options.min_clients} sites" if options.min_clients and not method.needs_all else "all sites that take part"
+    )
     traffic = (
         f"{len(names)} tensors, {size / 2**20:.1f} MiB per site and round in each direction"
         if names
@@ -30,15 +33,27 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
         code = "This job brings Python code along: the package `heterosync`, in `app/custom`. Sites must allow that."
         package = "that package"
     own = (
-        ""
-        if names
-        else "\nThere, `heterosync/own_best.pt` is the site's own best model; `heterosync predict` reads it."
+        "\nA site's own best model is `trainings/<job id>/own_best.pt` beside it; `heterosync predict` reads it."
+        if method.personal
+        else ""
     )
+    name, command, to_whom = method.name, f"heterosync job export {method.name}", "The weights go to the server.\n"
+    parts = "an executor, an outbound filter, a controller, an\naggregator and a persistor"
+    if options.topology == "swarm":
+        name, command, to_whom, models = f"{name}_swarm", f"{command} --topology swarm", _SWARM, ""
+        parts = "an executor, an outbound gate to the server\nand one to the sites, a controller, "
+        parts += "an aggregator and a persistor"
+        own = "\nThe models stay at the sites: `last_model.pt`, `best_model.pt` in each site's folder of the job."
+    if options.dp_clip is not None:
+        name, command = f"{name}_dp", f"{command} --dp-clip {options.dp_clip:g} --dp-noise {options.dp_noise:g}"
+        to_whom += _privacy(options.dp_clip, options.dp_noise, training.rounds)
+    place, clients, pooled = "/path/to/alliance", "site-a,site-b -t 2", ""
+    if method.pooled:
+        place, clients, pooled = "/path/to", "alliance -t 1", _POOLED
     return f"""# {method.title}
 
-Written by `heterosync job export {method.name}`; a change by hand is lost at the next export.
-{code} It names an executor, an outbound filter, a controller, an
-aggregator and a persistor of {package}.
+Written by `{command}`; a change by hand is lost at the next export.
+{code} It names {parts} of {package}.
 
 ## What is trained
 
@@ -53,34 +68,59 @@ A round needs {least}. Fusion weights: {method.weighting}.
 {leaves}
 
 W0 are scalars, W1 weights, W2 summary statistics of private data. Traffic: {traffic}.
-Images, predictions, file names and patient identifiers never leave. The outbound filter of this job holds the
-allow-list, blocks everything else, and writes a line per message (name, shape, type, bytes) into `audit.jsonl` in the
-site's folder of the job.
+{to_whom if names else ""}Images, predictions, file names and patient identifiers never leave. The outbound filter
+of this job holds the allow-list, blocks everything else, and writes a line per message (name, shape, type, bytes) into
+`audit.jsonl` in the site's folder of the job.
 
 ## Where a site's data is found
 
 Never from this job, but, first that is set: `data_root` in the site's own `local/privacy.json`; the environment
 variable `HETEROSYNC_DATA`, as the folder that holds `<site name>/`, or as the site folder itself.
-
+{pooled}
 ## How to run it
 
-`jobs/{method.name}` stands for the path of this folder. Simulator, from the root of the repository:
+`jobs/{name}` stands for the path of this folder. Simulator, from the root of the repository:
 
 ```
-HETEROSYNC_DATA=/path/to/alliance nvflare simulator jobs/{method.name} -w poc/simulator -c site-a,site-b -t 2
+HETEROSYNC_DATA={place} nvflare simulator jobs/{name} -w poc/simulator -c {clients}
 ```
 
 `poc/simulator/local/resources.json` lists the classes that a job may name; in another workspace FLARE refuses them
-("not in allow_list") unless the same file lies there. `heterosync simulate jobs/{method.name}` prepares any workspace
+("not in allow_list") unless the same file lies there. `heterosync simulate jobs/{name}` prepares any workspace
 and shows the progress.
 
-POC and production, from the admin console: `submit_job jobs/{method.name}`, or
+POC and production, from the admin console: `submit_job jobs/{name}`, or
 
 ```
-nvflare job submit -j jobs/{method.name}
+nvflare job submit -j jobs/{name}
 ```
 
 Results appear in the server's folder of the job after every round: `history.csv`, `cross_site_metrics.json`,
 `run.json`, `tensorboard/`{models}. Predictions stay at the sites, in `heterosync/results/` of
 the site's folder of the job.{own}
+"""
+
+
+_POOLED = """
+This is no federation: the job has one client, which must hold the images of all sites. It takes the name of the folder
+with the sites' folders; their training, validation and test splits are united.
+"""
+
+#: Who gets the weights when the sites fuse among themselves.
+_SWARM = """The weights go from site to site and not to the server: every round one site, drawn by chance, gets the
+weights of all others, fuses them and sends the result to all. The server gets the scalars and the check-in. With
+FLARE's secure kits messages between sites are encrypted from site to site, though they pass through the server; the
+simulator has no encryption. There, give `-t` as many threads as sites.
+"""
+
+
+def _privacy(clip: float, noise: float, rounds: int) -> str:
+    """What the noise of a job gives, in figures (docs/privacy.md)."""
+    text = f"Each update (the change of the weights in a round) is shortened to an L2 norm of {clip:g}"
+    if not noise:
+        return f"{text}, without noise:\nthat is no formal guarantee.\n"
+    epsilon = epsilon_of(1e-5, noise, rounds)
+    return f"""{text}; every element
+gets Gaussian noise of standard deviation {noise * clip:g}. The weights of all {rounds} rounds together are
+({epsilon:.3g}, 1e-5)-differentially private; the unit is all data of the site. The scalars get no noise.
 """

@@ -7,7 +7,7 @@ METRICS when only scalars and short texts do. Tensors travel as torch tensors, b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ from heterosync.federation.wire import Blocked, WirePolicy
 
 CHECK_IN, TRAIN, VALIDATE = "check_in", "train", "validate"
 TASKS = (CHECK_IN, TRAIN, VALIDATE)
+#: In a swarm: "what were your scalars of that round?"
+REPORT = "report"
 
 #: Headers of a validate task: which split is scored, and under which name the model is known.
 SPLIT, MODEL = "heterosync_split", "heterosync_model"
+#: Header of every question in a swarm: the best model so far, as a number of rounds (None: there is none).
+BEST = "heterosync_best"
 #: Private property of a site's context while it answers: the round of the task, for the audit.
 ROUND = "heterosync_round"
+#: The same for the task itself: a filter of the answer may need what the site received.
+TASK = "heterosync_task"
 #: Header of an error reply: one of `REASONS`. Nothing else about a failure ever leaves a site.
 REASON = "heterosync_reason"
 
@@ -79,9 +85,15 @@ def open_message(message: Shareable) -> tuple[dict[str, Any], dict[str, Any]]:
     raise HeteroSyncError(f"the message is of kind {dxo.data_kind}; WEIGHTS or METRICS was expected")
 
 
-def materialized(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors, read from FLARE's disk offload where they lie there."""
-    return {name: value.materialize() if hasattr(value, "materialize") else value for name, value in tensors.items()}
+def materialized(tensors: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+    """The same tensors, the wanted ones read from FLARE's disk offload where they lie there.
+
+    What a site sends beyond them stays on the disk: it will be refused by its name, and may be of any size.
+    """
+    return {
+        name: value.materialize() if name in wanted and hasattr(value, "materialize") else value
+        for name, value in tensors.items()
+    }
 
 
 def refusal(reason: str) -> Shareable:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
@@ -12,15 +12,19 @@ from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_common.app_constant import AppConstants
 
 from heterosync.federation.initial import initial_state
-from heterosync.federation.modelfile import save_model
-from heterosync.federation.runner import BEST_MODEL, LAST_MODEL
-from heterosync.files import write_with
+from heterosync.federation.modelfile import BEST_MODEL, INITIAL_WEIGHTS, LAST_MODEL, save_model
+from heterosync.federation.server import assets_of, memory_of
+from heterosync.files import link_file
 from heterosync.flare import messages
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 
 #: Private property of the server's context: the two label names, which the check-in found out.
 LABELS = "heterosync_labels"
+#: Another one: the stored model (`ModelFile`) of the training that the job goes on with, None for a new one.
+STORED = "heterosync_stored"
+#: The same for what a method's server half remembers from round to round: tensors by name.
+MEMORY = "heterosync_memory"
 
 
 class GlobalModelPersistor(ModelPersistor):
@@ -34,14 +38,25 @@ class GlobalModelPersistor(ModelPersistor):
         self._method, self._settings, self._training = method, method_settings or {}, training or {}
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
-        """The state before the first round. Raises `UserError` for unknown settings."""
+        """The state before the job's first round. Raises `UserError` for unknown settings and a stored model that does
+        not fit them."""
         self._made = make_method(self._method, self._settings, TrainingSettings.from_dict(self._training))
-        return make_model_learnable(initial_state(self._made), {})
+        self._origin: dict[str, str] = {}
+        stored = fl_ctx.get_prop(STORED)
+        if stored is None:
+            return make_model_learnable(initial_state(self._made), {})
+        stored.check_shared()
+        fl_ctx.set_prop(MEMORY, memory_of(stored.assets), private=True, sticky=True)
+        self._origin = {INITIAL_WEIGHTS: stored.versions.get(INITIAL_WEIGHTS, "unknown")}
+        return make_model_learnable(stored.state, {})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         state = model[ModelLearnableKey.WEIGHTS]
-        if not state:
-            return  # a method whose weights stay at the sites
+        if state:  # else a method whose weights stay at the sites
+            self.write(state, fl_ctx.get_prop(AppConstants.CURRENT_ROUND, 0) + 1, fl_ctx)
+
+    def write(self, state: Mapping[str, Any], rounds: int, fl_ctx: FLContext) -> None:
+        """Make the state after `rounds` rounds this participant's `last_model.pt`."""
         save_model(
             messages.run_folder(fl_ctx) / LAST_MODEL,
             method=self._made.name,
@@ -49,20 +64,13 @@ class GlobalModelPersistor(ModelPersistor):
             training=self._made.training,
             state=state,
             labels=fl_ctx.get_prop(LABELS) or (),
-            round_=fl_ctx.get_prop(AppConstants.CURRENT_ROUND, 0) + 1,
+            round_=rounds,
+            extra=assets_of(fl_ctx.get_prop(MEMORY) or {}),
+            versions=self._origin,
         )
 
 
 def keep_as_best(folder: Path) -> None:
-    """Make `best_model.pt` what `last_model.pt` is now; that one is replaced and never changed, so a link will do."""
-    last = folder / LAST_MODEL
-
-    def link(temporary: Path) -> None:
-        temporary.unlink()
-        try:
-            os.link(last, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(last, temporary)
-
-    if last.exists():
-        write_with(folder / BEST_MODEL, link)
+    """Make `best_model.pt` what `last_model.pt` is now."""
+    if (folder / LAST_MODEL).exists():
+        link_file(folder / LAST_MODEL, folder / BEST_MODEL)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import heterosync
 from heterosync.data.site import find_site_folder
 from heterosync.errors import UserError
 from heterosync.federation.results import RUN
+from heterosync.federation.trainings import NOT_STORED, SEGMENT_DONE, SERVER, TRAININGS
 from heterosync.federation.wire import is_site_name
-from heterosync.files import explained, make_folder, read_json, write_json, write_text
+from heterosync.files import explained, make_folder, new_folder, read_json, write_json, write_text
 from heterosync.flare.allowlist import prepare_workspace
+from heterosync.flare.collect import collect_results
+from heterosync.flare.job_folder import is_swarm
+from heterosync.flare.processes import ends_on_signal, package_environment
+from heterosync.flare.segments import training_id_of
 from heterosync.flare.simulator_process import Output, Simulator, log_config, watch
 
 #: FLARE's name for the one job of a simulator workspace.
@@ -30,8 +31,9 @@ PATIENCE = 120.0  # seconds of silence at the start before it counts as hung
 class SimulationResult:
     """How a simulation ended.
 
-    status: "completed", "failed", "timeout" or "hung". cause: "" or the lines that say what to mend. results: the
-    server's record (history.csv, run.json, …). sites: site -> its folder of the run (audit.jsonl, heterosync/results/).
+    status: "completed", "segment" (as many rounds as it should do; more are left), "failed", "timeout" or "hung".
+    cause: "" or the lines that say what to mend. results: the server's record (history.csv, run.json, …). sites: site
+    -> its folder of the run (audit.jsonl, heterosync/results/).
     """
 
     status: str
@@ -59,18 +61,29 @@ def simulate(
     retry: int = 1,
     log: Callable[[str], None] | None = print,
     patience: float = PATIENCE,
+    resume: Path | str | None = None,
 ) -> SimulationResult:
     """Simulate `job` with `sites`, whose folders lie in `data`; what an earlier run left in `workspace` is replaced.
 
     threads: sites that run at once (default: all). timeout: seconds for all of it. retry: how often a start that hangs
-    is tried again. log: gets one line per epoch and round. Raises `SimulationFailed` (a `UserError` with one readable
-    cause) unless the job completed, and `UserError` for wrong arguments before anything is started.
+    is tried again. log: gets one line per epoch and round. resume: the workspace of an earlier simulation, which may be
+    `workspace` itself; `job` goes on with its training (a `segment_job` of the training `JOB_ID`). Raises
+    `SimulationFailed` (a `UserError` with one readable cause) unless the job or its segment was completed, and
+    `UserError` for wrong arguments before anything is started.
     """
     job, workspace, data = Path(job).absolute(), Path(workspace).absolute(), Path(data).absolute()
     sites = list(sites)
     threads = len(sites) if threads is None else threads
     _check(job, workspace, sites, data, threads)
-    environment = _environment(data, threads)
+    if bool(training_id_of(job)) != (resume is not None):
+        raise UserError(f"{job}: a job that goes on with a training and `resume` belong together: use --resume")
+    trainings = _trainings(workspace)
+    if resume is not None:
+        _carry_over(Path(resume).absolute(), trainings, sites)
+    elif trainings.exists():
+        with explained(trainings):
+            shutil.rmtree(trainings)
+    environment = _environment(data, threads, trainings if resume is not None else None)
     make_folder(workspace)
     prepare_workspace(workspace)
     config = write_json(workspace / "local" / "log_config.json", log_config())
@@ -80,7 +93,7 @@ def simulate(
     for attempt in range(retry + 1):
         _forget(workspace)
         output = Output(say)
-        with _ends_on_signal():
+        with ends_on_signal():
             simulator = Simulator(arguments, environment, workspace.parent)
             try:
                 end = watch(simulator, output, sites_at_once=threads, patience=patience, deadline=deadline)
@@ -91,7 +104,7 @@ def simulate(
             break
         say(f"the simulator did not start within {patience:.0f} s of silence: starting it again")
     result = _result(workspace, sites, end, output, timeout)
-    if result.status != "completed":
+    if result.status not in ("completed", "segment"):
         raise SimulationFailed(result)
     return result
 
@@ -111,6 +124,8 @@ def _check(job: Path, workspace: Path, sites: list[str], data: Path, threads: in
         raise UserError("a site is named twice")
     if not 1 <= threads <= len(sites):
         raise UserError(f"threads is {threads}: it must be between 1 and the number of sites, {len(sites)}")
+    if threads < len(sites) and is_swarm(job):  # FLARE's simulator would start a new process for every task
+        raise UserError(f"threads is {threads}: a swarm needs a thread for every site, {len(sites)}")
     if any(letter.isspace() for letter in str(workspace)):
         raise UserError(f"workspace {workspace}: FLARE's simulator cannot work in a path with spaces: choose another")
     for folder, what in ((job, "job"), (data, "data")):
@@ -124,13 +139,37 @@ def _check(job: Path, workspace: Path, sites: list[str], data: Path, threads: in
         raise UserError(f"workspace {workspace} holds '{strange[0]}' and would be emptied: choose a new folder")
 
 
-def _environment(data: Path, threads: int) -> dict[str, str]:
+def _trainings(workspace: Path) -> Path:
+    """Where the participants of resumed simulations keep their training: beside the workspace, which FLARE empties."""
+    return workspace.with_name(f"{workspace.name}.trainings")
+
+
+def _carry_over(earlier: Path, trainings: Path, sites: list[str]) -> None:
+    """Put what an earlier simulation stored of its training at `trainings`, all or nothing."""
+    if earlier.name == "results":
+        earlier = earlier.parent
+    beside = _trainings(earlier)
+    if beside == trainings and trainings.exists():
+        return
+    stored = {p: beside / p if beside.exists() else earlier / p / "trainings" for p in (SERVER, *sites)}
+    if not (stored[SERVER] / JOB_ID / RUN).is_file():
+        raise UserError(f"a training {NOT_STORED} in {earlier}: give the workspace of an earlier simulation")
+    if trainings.exists():
+        with explained(trainings):
+            shutil.rmtree(trainings)
+    with new_folder(trainings) as folder:
+        for participant, source in stored.items():
+            if (source / JOB_ID).is_dir():  # else a site that joins
+                shutil.copytree(source / JOB_ID, folder / participant / JOB_ID)
+
+
+def _environment(data: Path, threads: int, trainings: Path | None) -> dict[str, str]:
     """Ours, with the data, the package (also where it is not installed) and a fair share of the processor per site."""
-    environment = dict(os.environ)
-    root = str(Path(heterosync.__file__).resolve().parents[1])
-    paths = [root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    environment = package_environment()
     environment["HETEROSYNC_DATA"] = str(data)
+    environment.pop(TRAININGS, None)
+    if trainings is not None:
+        environment[TRAININGS] = str(trainings)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // threads)))
     return environment
 
@@ -157,47 +196,9 @@ def _result(workspace: Path, sites: list[str], end: str, output: Output, timeout
         status = end
         waited = f"not finished within {timeout:g} s" if end == "timeout" else "the simulator hung at its start"
         cause = f"{waited}{': ' + cause if cause else ''}: see {log}"
-    elif record.get("status") == "completed":
-        status, cause = "completed", ""
+    elif record.get("status") in ("completed", SEGMENT_DONE):
+        status, cause = ("completed" if record["status"] == "completed" else "segment"), ""
     elif not cause:
         cause = f"the simulator ended with status '{record.get('status', 'not started')}': see {log}"
     folders = {site: workspace / site / JOB_ID for site in sites}
-    return SimulationResult(status, cause, _copy_results(server, workspace / "results"), folders, log)
-
-
-def _copy_results(server: Path, results: Path) -> Path:
-    """The server's record at a place of its own: without FLARE's copies of job and logs; models as hard links."""
-    shutil.rmtree(results, ignore_errors=True)
-    make_folder(results)
-    names = ("history.csv", "cross_site_metrics.json", RUN, "last_model.pt", "best_model.pt")
-    with explained(results):
-        for name in names:
-            if (server / name).exists():
-                _link(server / name, results / name)
-        if (server / "tensorboard").is_dir():
-            shutil.copytree(server / "tensorboard", results / "tensorboard")
-    return results
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-@contextmanager
-def _ends_on_signal() -> Iterator[None]:
-    """Let SIGTERM end this process the orderly way, as Ctrl-C does, so that the simulator is stopped with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return SimulationResult(status, cause, collect_results(server, workspace / "results"), folders, log)

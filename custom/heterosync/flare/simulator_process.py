@@ -61,15 +61,16 @@ class Output:
                 self._errors.append(line)
             return
         logger, level, text = match.group("logger", "level", "text")
-        if logger.endswith("HeteroSyncController") and level == "INFO":
-            return  # what the inherited ScatterAndGather says of itself
+        of_server = logger.endswith(("HeteroSyncController", "SwarmController"))
+        if of_server and level == "INFO":
+            return  # what the inherited workflow of FLARE says of itself
         if not logger.startswith("heterosync"):
             if level in ("ERROR", "CRITICAL"):
                 self._errors.append(text)
             return
         if text.startswith(messages.PROBLEM):
             text = text.removeprefix(messages.PROBLEM)
-            group = self._of_server if logger.endswith("HeteroSyncController") else self._of_sites
+            group = self._of_server if of_server else self._of_sites
             if text in group:  # a site repeats its problems at the end, for those who run FLARE's plain command
                 return
             group.append(text)

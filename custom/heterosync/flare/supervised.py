@@ -1,12 +1,10 @@
-"""ScatterAndGather that asks for scalars, keeps to the sites that take part, and says why it stops."""
+"""What every server-side workflow of ours does: check in, ask for scalars, test the models, and say why it stops."""
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task
@@ -14,6 +12,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
@@ -21,11 +20,17 @@ from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.fuel.utils.memory_utils import cleanup_memory
 
 from heterosync.errors import HeteroSyncError
+from heterosync.federation import checkin
+from heterosync.federation.results import RunRecorder
+from heterosync.federation.scoreboard import Scoreboard
+from heterosync.federation.trainings import learning_info
 from heterosync.federation.wire import WirePolicy
 from heterosync.flare import messages
+from heterosync.flare.persistor import LABELS
+from heterosync.methods import make_method
+from heterosync.training.settings import TrainingSettings
 
 CHECK_PERIOD = 0.05  # seconds
-_COLLECT_PERIOD = 0.5  # seconds
 
 log = logging.getLogger("heterosync")
 
@@ -34,17 +39,56 @@ class Stopped(HeteroSyncError):
     """The job cannot go on; the text says why, one line per cause."""
 
 
-class SupervisedRounds(ScatterAndGather):
-    """What a controller needs beside the rounds themselves; `HeteroSyncController` is the only one.
+class Supervision(Controller):
+    """What the controllers share, whoever fuses; it stands before FLARE's own workflow among their bases.
 
-    policy: what scalars of a site must keep to. task_timeout: seconds that a question may take. rounds: as FLARE's.
+    method, method_settings, training: as in the executor. min_clients: sites that the job needs, 0 for all that are
+    there. wait: seconds that a question waits for the others once these have answered. task_timeout: seconds that a
+    question may take. anchors_may_differ: do not insist on equal anchors. workflow: arguments of FLARE's workflow.
     """
 
-    def __init__(self, policy: WirePolicy, task_timeout: int, **rounds: Any):
-        super().__init__(**rounds)
-        self._policy, self._task_timeout = policy, task_timeout
+    def __init__(
+        self,
+        method: str,
+        method_settings: dict | None,
+        training: dict | None,
+        min_clients: int,
+        wait: int,
+        task_timeout: int,
+        anchors_may_differ: bool,
+        **workflow: Any,
+    ):
+        super().__init__(**workflow)
+        self._method_name, self._settings, self._training = method, method_settings or {}, training or {}
+        self._policy, self._task_timeout = WirePolicy(method, {}), task_timeout
+        self._min_clients, self._all_expected = max(1, min_clients), min_clients == 0
+        self._wait_time_after_min_received = wait
+        self._anchors_may_differ = anchors_may_differ
+        self._current_round: Any = None  # None before the first round
         self._sites: list[str] = []  # those that take part: at first all, then those that passed the check-in
+        self._outside: dict[str, str] = {}  # who did not pass the check-in, and why
         self._stop_line = ""
+
+    def _prepare(self, fl_ctx: FLContext) -> TrainingSettings:
+        """Check every setting and open the record of the run, before any site is asked for anything."""
+        self._folder = messages.run_folder(fl_ctx)
+        training = TrainingSettings.from_dict(self._training)
+        self._rules = make_method(self._method_name, self._settings, training)
+        self._weights_leave = self._rules.weighting != "none"
+        self._scores = Scoreboard(training)
+        info = learning_info(self._method_name, self._settings, self._training)
+        info.update(engine="flare", job_id=fl_ctx.get_job_id())
+        rounds_done = self._take_up(info, fl_ctx)
+        self._recorder = RunRecorder(self._folder, info, rounds_done)
+        return training
+
+    def _take_up(self, info: dict[str, Any], fl_ctx: FLContext) -> int:
+        """Rounds that earlier jobs did of this job's training; may add to what run.json says of the job."""
+        return 0
+
+    def _changed(self, report: Mapping[str, Any], sites: list[str]) -> list[str]:
+        """Problems of going on with the training of earlier jobs with these sites, of which one reports `report`."""
+        return []
 
     def set_communicator(self, communicator: Any) -> None:
         super().set_communicator(communicator)
@@ -77,17 +121,40 @@ class SupervisedRounds(ScatterAndGather):
             for line in text.splitlines():
                 self.log_warning(fl_ctx, f"{messages.PROBLEM}{line}")
 
-    def broadcast_and_wait(self, task: Task, fl_ctx: FLContext, *args: Any, **options: Any) -> None:
-        """As FLARE's, but only to the sites that take part, also for the training tasks of ScatterAndGather."""
-        with _transfers_collected():
-            super().broadcast_and_wait(task, fl_ctx, list(self._sites), *args, **options)
+    def _check_in(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Ask every site what it has. Raises `Stopped` when too few answer or when they do not fit together."""
+        self._sites = sorted(client.name for client in self._engine.get_clients())
+        if self._all_expected:
+            self._min_clients = len(self._sites)
+        if self._min_clients > len(self._sites):
+            here = ", ".join(self._sites)
+            raise Stopped(f"{len(self._sites)} sites take part ({here}), the job's min_clients is {self._min_clients}")
+        what = "the check-in"
+        answers = self._ask(messages.CHECK_IN, messages.scalars_message({}), what, abort_signal, fl_ctx)
+        reports = self._enough(answers, what)
+        least = max(self._min_clients, self._rules.min_sites)
+        problems = checkin.compare(reports, self._anchors_may_differ, min_sites=least)
+        if self._rules.pooled and len(self._sites) > 1:
+            problems.append(f"method '{self._rules.name}' is no federation: run it with one site that holds all images")
+        first = reports[min(reports)]
+        problems += self._changed(first, sorted(reports))
+        if problems:
+            raise Stopped("\n".join(problems))
+        fl_ctx.set_prop(LABELS, tuple(first["labels"]), private=True, sticky=True)
+        self._recorder.checked_in(reports)
+        self._sites = names = sorted(reports)
+        if self._rules.needs_all:
+            self._min_clients = len(names)
+        self._outside = answers.failed
+        if self._outside:
+            self._recorder.note(not_checked_in=self._outside)
+        self._recorder.note(sites=names, labels=first["labels"], anchor_digest=first.get("anchor_digest"))
+        log.info("check-in: %d sites fit together: %s", len(names), ", ".join(names))
 
-    def _process_train_result(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        self._guarded(fl_ctx, super()._process_train_result, client_task, fl_ctx)
-
-    def _prepare_train_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        super()._prepare_train_task_data(client_task, fl_ctx)
-        _send_without_copy(client_task, fl_ctx)
+    def broadcast_and_wait(self, *args: Any, **options: Any) -> None:
+        """As FLARE's; after it the memory of the finished transfers, which are cycles in 2.9.0, is given back."""
+        super().broadcast_and_wait(*args, **options)
+        cleanup_memory()
 
     def _ask(
         self, name: str, message: Shareable, what: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
@@ -111,7 +178,7 @@ class SupervisedRounds(ScatterAndGather):
         )
         wait = self._wait_time_after_min_received
         options = {"min_responses": self._min_clients, "wait_time_after_min_received": wait, "abort_signal": signal}
-        self.broadcast_and_wait(task, fl_ctx, **options)
+        Supervision.broadcast_and_wait(self, task, fl_ctx, list(self._sites), **options)
         answers.close()
         if signal.triggered:
             raise Stopped(f"{what}: aborted")
@@ -123,9 +190,58 @@ class SupervisedRounds(ScatterAndGather):
         """The problem, naming who is missing, when too few sites answered; else nothing."""
         return [self._too_few(what, answers.failed)] if len(answers.good) < self._min_clients else []
 
+    def _enough(self, answers: messages.Answers, what: str) -> dict[str, dict[str, Any]]:
+        """Site -> scalars. Raises `Stopped` when too few sites answered."""
+        for problem in self._lacking(answers, what):
+            raise Stopped(problem)
+        return answers.good
+
     def _too_few(self, where: str, absent: Mapping[str, str]) -> str:
         why = "; ".join(f"site {site}: {reason}" for site, reason in sorted(absent.items())) or messages.NO_ANSWER
         return f"{where}: fewer than the {self._min_clients} sites that the job needs contribute: {why}"
+
+    def _test(
+        self, models: Mapping[str, Callable[[], Mapping[str, Any]]], abort_signal: Signal, fl_ctx: FLContext
+    ) -> list[str]:
+        """Test one model after the other, each read when its turn comes; record what comes in, return the problems."""
+        missing: dict[str, dict[str, str]] = {}
+        problems: list[str] = []
+        for name, state in models.items():
+            record = partial(self._recorder.tested, name)
+            answers, what = self._validate(name, state(), "test", abort_signal, fl_ctx, record)
+            if answers.failed:
+                missing[name] = answers.failed
+                self._recorder.note(not_tested=missing)
+            problems += self._lacking(answers, what)
+        return problems
+
+    def _validate(
+        self, name: str, state: Mapping[str, Any], split: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
+    ) -> tuple[messages.Answers, str]:
+        message = self._question(state)
+        message.set_header(messages.SPLIT, split)
+        message.set_header(messages.MODEL, name)
+        what = f"the {split} of model '{name}'"
+        return self._ask(messages.VALIDATE, message, what, signal, fl_ctx, arrived), what
+
+    def _question(self, state: Mapping[str, Any]) -> Shareable:
+        """A task about a model that carries it along."""
+        return messages.tensors_message(state)
+
+
+class SupervisedRounds(Supervision, ScatterAndGather):
+    """FLARE's ScatterAndGather, kept to the sites that passed the check-in; `HeteroSyncController` is the only one."""
+
+    def broadcast_and_wait(self, task: Task, fl_ctx: FLContext, *args: Any, **options: Any) -> None:
+        """As FLARE's, but only to the sites that take part."""
+        super().broadcast_and_wait(task, fl_ctx, list(self._sites), *args, **options)
+
+    def _process_train_result(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        self._guarded(fl_ctx, super()._process_train_result, client_task, fl_ctx)
+
+    def _prepare_train_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        super()._prepare_train_task_data(client_task, fl_ctx)
+        _send_without_copy(client_task, fl_ctx)
 
 
 def guarded(component: FLComponent, fl_ctx: FLContext, what: Callable[..., None], *args: Any) -> None:
@@ -142,30 +258,6 @@ def cause_of(error: Exception) -> str:
         return str(error)
     log.error("an unexpected error ends the job", exc_info=error)
     return f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _transfers_collected() -> Iterator[None]:
-    """Collect garbage while a task is out and after it, and give the memory back to the system.
-
-    FLARE 2.9.0's finished transfers are cycles that hold the bytes sent: without this they pile up over the tasks.
-    """
-    done = threading.Event()
-
-    def collect() -> None:
-        while not done.wait(_COLLECT_PERIOD):
-            cleanup_memory()
-
-    thread = threading.Thread(target=collect, daemon=True)
-    gc.freeze()  # what lives by now is set aside for the time being, which makes the collections quick
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        cleanup_memory()
-        gc.unfreeze()
 
 
 def _send_without_copy(client_task: ClientTask, fl_ctx: FLContext) -> None:

@@ -7,11 +7,38 @@ from typing import Any
 
 from heterosync.errors import UserError, nearest
 from heterosync.methods.base import Method, bytes_per_round
+from heterosync.methods.central import Central
+from heterosync.methods.ditto import Ditto
+from heterosync.methods.fedadam import FedAdam
+from heterosync.methods.fedavg import FedAvg
+from heterosync.methods.fedbn import FedBN
+from heterosync.methods.fedopt import FedOpt
+from heterosync.methods.fedprox import FedProx
 from heterosync.methods.hsl import HSL
 from heterosync.methods.local import Local
+from heterosync.methods.moon import Moon
+from heterosync.methods.no_al import NoAL
+from heterosync.methods.no_sat import NoSAT
+from heterosync.methods.personalized import Personalized
+from heterosync.methods.scaffold import Scaffold
 from heterosync.training import TrainingSettings, settings_from
 
-METHODS: tuple[type[Method], ...] = (HSL, Local)
+METHODS: tuple[type[Method], ...] = (
+    HSL,
+    NoSAT,
+    NoAL,
+    FedAvg,
+    FedProx,
+    FedBN,
+    Personalized,
+    FedOpt,
+    FedAdam,
+    Scaffold,
+    Ditto,
+    Moon,
+    Local,
+    Central,
+)
 
 __all__ = ["METHODS", "Method", "bytes_per_round", "get_method", "make_method", "method_names"]
 

@@ -3,10 +3,14 @@
 A method is one small file: a subclass of `Method` (depth 1, no method imports another) that states its facts and
 overrides only what it changes, plus one line in `methods/__init__.py`. The order of the calls in a round at a site:
 
-    receive(model, shared) -> round_start(model, shared) -> loss(model, batch) per step -> round_end(model)
+    receive(model, shared) -> round_start(model, shared) -> loss(model, batch), correct_gradients(model) per step
 
-then the best snapshot is loaded, `diagnostics` runs, and `shared_names` of the snapshot leave the site. Tensors that
-are not shared stay in the model (and in the site's resume state) from round to round.
+then the best snapshot is loaded, `round_end` and `diagnostics` run, and `shared_names` of the model leave the site.
+At the server `combine` makes the next global state of the mean of what came in.
+
+Whatever a method remembers beside its network (a second network, control variates, a counter) is a tensor of the
+model: declared in `shared_names` it travels, under its exact name, shape and type; otherwise it stays at the site, from
+round to round and in its resume state. No other part of the system knows of it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from heterosync.models import Classifier
-from heterosync.training import Batch, TrainingSettings
+from heterosync.training import Batch, TrainingSettings, setting
 from heterosync.training import Settings as BaseSettings
 
 Partner: TypeAlias = Tensor | Literal["self"]
@@ -49,6 +53,20 @@ class NoSettings(BaseSettings):
     what: ClassVar[str] = "method"
 
 
+@dataclass(frozen=True)
+class SampleWeights(BaseSettings):
+    """For methods whose papers weigh sites by their number of training images."""
+
+    weighting: str = setting("samples", "[M] n_k / n; equal: 1 / K", choices=("samples", "equal"))
+
+
+@dataclass(frozen=True)
+class EqualWeights(BaseSettings):
+    """For methods whose papers or official codes give every site the same weight."""
+
+    weighting: str = setting("equal", "[M]/[C] 1 / K; samples: n_k / n", choices=("equal", "samples"))
+
+
 class Method(ABC):
     """One learning method. The defaults are the degenerate case: one classifier, BCE, every tensor shared.
 
@@ -58,9 +76,13 @@ class Method(ABC):
         citation        the source in one line
         leaves          all that leaves a site, in plain words with its privacy class (the job's README explains them):
                         the method's own tensors, then `COMMON_LEAVES`
-        weighting       fusion weights: "equal", "samples", or "none" (nothing is exchanged)
+        weighting       fusion weights: "equal", "samples", or "none" (nothing is exchanged); a setting of that name
+                        takes its place
         personal        each site is tested with its own model
         uses_anchor     the loss needs the anchor task
+        pooled          one site holds the images of all: no federation, for comparison only
+        needs_all       every site that takes part must contribute to every round
+        only_updates    what a site sends is the state that it received, trained on: it can be clipped and noised
         Settings        frozen dataclass of the hyper-parameters
     """
 
@@ -69,14 +91,28 @@ class Method(ABC):
     status: ClassVar[str]
     citation: ClassVar[str]
     leaves: ClassVar[tuple[str, ...]]
-    weighting: ClassVar[str] = "equal"
+    weighting: str = "equal"
     personal: ClassVar[bool] = False
     uses_anchor: bool = False
+    pooled: ClassVar[bool] = False
+    needs_all: ClassVar[bool] = False
+    only_updates: ClassVar[bool] = True
     Settings: ClassVar[type[BaseSettings]] = NoSettings
 
     def __init__(self, settings: BaseSettings | None = None, training: TrainingSettings | None = None):
         self.settings = settings if settings is not None else self.Settings()
         self.training = training if training is not None else TrainingSettings()
+        self.weighting = getattr(self.settings, "weighting", type(self).weighting)
+
+    @property
+    def min_sites(self) -> int:
+        """Sites that a run needs at least: two, where there is something to combine."""
+        return 1 if self.pooled or self.weighting == "none" else 2
+
+    @property
+    def server_half(self) -> bool:
+        """Whether the server does more than take the mean."""
+        return type(self).combine is not Method.combine
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
@@ -97,6 +133,11 @@ class Method(ABC):
         """Exact names of the state tensors that leave a site and come back fused; the others stay personal."""
         return () if self.weighting == "none" else tuple(model.state_dict())
 
+    def own_names(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the state tensors whose values at the site count when a round starts: those not shared."""
+        shared = set(self.shared_names(model))
+        return tuple(name for name in model.state_dict() if name not in shared)
+
     # -- a round at a site ---------------------------------------------------------------------------------------------
 
     def receive(self, model: nn.Module, shared_state: Mapping[str, Tensor]) -> None:
@@ -110,12 +151,30 @@ class Method(ABC):
         """The scalar to minimise for one batch."""
         return bce(model(batch.images), batch.labels)
 
+    def correct_gradients(self, model: nn.Module) -> None:
+        """Between the backward pass of a step, whose gradients are finite, and the optimiser."""
+
     def round_end(self, model: nn.Module) -> None:
-        """After the last step; the model holds the last epoch, not yet the best one."""
+        """After the last step; the model holds the best snapshot, and what is set here becomes part of it."""
 
     def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """Scalars about the mechanism, once per round; must leave model, gradients and generators as they were."""
         return {}
+
+    # -- at the server -------------------------------------------------------------------------------------------------
+
+    def server_memory(self) -> dict[str, Tensor]:
+        """What the server remembers from round to round beside the global state, before the first round."""
+        return {}
+
+    def combine(
+        self, sent: Mapping[str, Tensor], fused: dict[str, Tensor], memory: dict[str, Tensor], sites: int
+    ) -> dict[str, Tensor]:
+        """The next global state, from the one sent out and the mean of the answers of `sites` sites.
+
+        `memory` may be changed. Tensors are on the CPU; those of `sent` must stay as they are.
+        """
+        return fused
 
     # -- scores --------------------------------------------------------------------------------------------------------
 

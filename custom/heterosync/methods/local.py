@@ -33,7 +33,14 @@ class LocalSettings(PairedSettings):
 
 
 class Local(Method):
-    """Each round continues from the site's own best snapshot, as federated averaging with a single site would."""
+    """Each site for itself: the lower reference of every comparison.
+
+        site k:  w_k <- local epochs of BCE from w_k, the best snapshot of the round before
+
+    Sent: no tensor. All sites start from the same initial values.
+
+    Degenerates: it is federated averaging with a single site.
+    """
 
     name = "local"
     title = "Local learning"

@@ -18,8 +18,8 @@ from heterosync.training.seeds import stream
 
 
 @dataclass(frozen=True)
-class PairedSettings(Settings):
-    """The MMoE, its loss and its partner image (paper, Model development; details from the official code)."""
+class MMoESettings(Settings):
+    """The two-task network (paper, Model development; details from the official code)."""
 
     what: ClassVar[str] = "method"
 
@@ -30,6 +30,12 @@ class PairedSettings(Settings):
     tower_hidden: int = setting(16, "[C]", low=1)
     drop_expert: float = setting(0.3, "[C]", low=0.0, high=0.99)
     drop_tower: float = setting(0.4, "[C]", low=0.0, high=0.99)
+
+
+@dataclass(frozen=True)
+class PairedSettings(MMoESettings):
+    """The MMoE, its joint loss and its partner image (paper, Model development; details from the official code)."""
+
     loss_weights: tuple[float, float] = setting((0.5, 0.5), "[C] primary, anchor", low=0.0)
     test_partner: str = setting(
         "self", "[C] 2025 demo; sat_index: 2024 script; sat_mean [R]", choices=("self", "sat_index", "sat_mean")
@@ -42,7 +48,7 @@ class PairedSettings(Settings):
             raise UserError("method setting 'loss_weights' is all zero: give at least one task a weight above 0")
 
 
-def paired_network(settings: PairedSettings, training: TrainingSettings, weights: str) -> MMoE:
+def paired_network(settings: MMoESettings, training: TrainingSettings, weights: str) -> MMoE:
     return MMoE(
         training.backbone,
         training.channels,
@@ -67,6 +73,11 @@ def paired_loss(settings: PairedSettings, model: nn.Module, batch: Batch) -> Ten
         if weight
     ]
     return torch.stack(terms).sum()
+
+
+def unpaired_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """BCE of the primary task alone, every image its own partner: the MMoE without anchor task (paper, Ablation)."""
+    return bce(model(batch.images, batch.images)[0], batch.labels)
 
 
 def paired_predict(model: nn.Module, images: Tensor, partner: Tensor | str) -> Tensor:

@@ -64,6 +64,14 @@ def build_encoder(backbone: str = "resnet18", channels: int = 3, weights: str = 
     return net
 
 
+def features(net: ResNet, images: Tensor) -> Tensor:
+    """What enters the last layer of an encoder: images (b, c, h, w) -> (b, 512) for ResNet18."""
+    layers = [layer for name, layer in net.named_children() if name != "fc"]
+    for layer in layers:
+        images = layer(images)
+    return images.flatten(1)
+
+
 def cached_imagenet_file() -> Path:
     """Where torchvision keeps its ImageNet weights of ResNet18 on this machine (the file need not exist)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name

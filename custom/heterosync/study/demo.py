@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from heterosync.errors import UserError
-from heterosync.files import explained, make_folder, write_json, write_text
+from heterosync.files import own_folder, write_json
 from heterosync.study.report import auc_table, summary, write_report
 from heterosync.study.runs import read_runs
 
@@ -31,20 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {"hsl": {}, "local": {"network": "classifie
 RunJob = Callable[[str, Mapping[str, Any], Mapping[str, Any], Path, list[str], Path], Path]
 
 
-def prepare_folder(out: Path | str) -> Path:
-    """An empty folder of the demo; an earlier demo there is replaced, anything else is left alone with a
-    `UserError`."""
-    out = Path(out)
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / MARK).exists():
-            raise UserError(f"{out} holds files that are not from a demo: choose another --out")
-        with explained(out):
-            shutil.rmtree(out)
-    make_folder(out)
-    write_text(out / MARK, "Written by `heterosync demo`, which may replace this folder.\n")
-    return out
-
-
 def run_demo(
     out: Path | str,
     run_job: RunJob,
@@ -60,7 +44,7 @@ def run_demo(
 
     start = time.monotonic()
     settings = {**TRAINING, **(training or {})}
-    out = prepare_folder(out)
+    out = own_folder(out, MARK, "heterosync demo")
     say(f"making five synthetic sites with combined skew in {out / 'data'}")
     sites = make_alliance(out / "data", seed=0, image_size=settings["image_size"], scale=scale)
     results = []

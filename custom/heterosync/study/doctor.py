@@ -16,6 +16,7 @@ from heterosync.files import read_json
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIB = 1024**3
+ANCHOR = "anchor"
 
 #: Below these a 224-pixel training of the full model is not comfortable (one trainer process with a batch of 64).
 MEMORY_GIB, DISK_GIB = 8, 10
@@ -149,6 +150,21 @@ def check_data(folder: Path) -> list[Check]:
     return checks
 
 
+def check_anchor(folder: Path) -> list[Check]:
+    """The digest that every site of the alliance must have, for the site folders that carry an anchor pack."""
+    from heterosync.data.anchor import anchor_digest
+
+    packs = [path for path in (folder / ANCHOR, *sorted(folder.glob(f"*/{ANCHOR}"))) if path.is_dir()]
+    checks = []
+    for pack in packs:
+        try:
+            checks.append(Check(f"anchor {pack.parent.name}", OK, f"digest {anchor_digest(pack)}"))
+        except UserError as error:
+            remedy = "Ask the alliance lead for the anchor pack"
+            checks += [Check(f"anchor {pack.parent.name}", PROBLEM, line, remedy) for line in str(error).splitlines()]
+    return checks
+
+
 def check_allow_list(workspace: Path, classes: Sequence[str]) -> Check:
     """FLARE builds, for a job without own code, only classes that the site's resources.json lists."""
     path = workspace / "local" / "resources.json"
@@ -203,20 +219,22 @@ def examine(
     data: Path | None,
     workspace: Path,
     classes: Sequence[str],
-    port: int = 8002,
+    port: int | None = 8002,
     server: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> list[Check]:
-    """All checks in a fixed order. `data`: None takes HETEROSYNC_DATA where it is set."""
+    """All checks in a fixed order. `data`: None takes HETEROSYNC_DATA where it is set; `port`: None is no server."""
     simple: list[Callable[[], Check]] = [check_python, check_packages, check_torch_pair, check_memory]
     checks = [check() for check in simple]
-    checks += [check_disk(workspace), check_gpu(), check_allow_list(workspace, classes), check_port(port)]
+    checks += [check_disk(workspace), check_gpu(), check_allow_list(workspace, classes)]
+    if port is not None:
+        checks.append(check_port(port))
     if data is None and environ.get("HETEROSYNC_DATA"):
         data = Path(environ["HETEROSYNC_DATA"])
     if data is None:
         checks.append(Check("data", NOTE, "no folder named", "Set HETEROSYNC_DATA or give --data"))
     else:
-        checks += check_data(data)
+        checks += check_data(data) + check_anchor(data)
     if server:
         checks.append(check_server(server))
     return checks

@@ -36,7 +36,8 @@ def auc_table(runs: Sequence[Run]) -> str:
     rows = []
     for site in sites_of(runs):
         cells = [run.test_metrics.get(site, {}) for run in runs]
-        counts = next((f"{m['n']:.0f} ({m.get('n_positive', 0):.0f})" for m in cells if m.get("n") is not None), ABSENT)
+        known = next((m for m in cells if m.get("n") is not None), {})
+        counts = f"{number(known['n'], 0)} ({number(known.get('n_positive'), 0)})" if known else ABSENT
         rows.append([site, counts, *(with_interval(m.get("auc"), m.get("ci_low"), m.get("ci_high")) for m in cells)])
     rows.append(["mean", "", *(number(values["mean"]) for values in summary(runs).values())])
     return text_table(["site", "test images (positive)", *(run.label for run in runs)], rows)

@@ -53,6 +53,7 @@ class LocalTrainer:
     The first weights are the method's; where every tensor comes from the server they are not looked for at the site.
     After a round `model` holds the round's best snapshot. With `work` the end of every round is kept in work/state.pt.
     After each epoch `progress` gets {site, round, rounds, epoch, epochs, train_loss, val_auc, seconds_per_epoch}.
+    `received` is called in a round once the received model is scored, with the round and its AUC.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LocalTrainer:
         self.device = torch.device(device)
         check_fit(site, method, data, self.device, precision)
         self.progress = progress
+        self.received: Callable[[int, float | None], None] = lambda round_, auc: None
         self._state_file = Path(work) / "state.pt" if work is not None else None
         self._last: dict[str, Any] | None = None
         self._warned = False
@@ -76,6 +78,7 @@ class LocalTrainer:
         self._anchor = Feed(data.anchor, self.device) if data.anchor is not None else None
         self.model = self._initial_model()
         self._shared_names = method.shared_names(self.model)
+        self._own_names = frozenset(method.own_names(self.model))
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
@@ -103,7 +106,7 @@ class LocalTrainer:
         return self._result(self._last)
 
     def _rewind(self, round_: int) -> dict[str, Tensor]:
-        """Take back what this round, or a later one, did before; the personal tensors that the round starts from."""
+        """Take back what this round, or a later one, did before; the own tensors that the round starts from."""
         if self._last is not None and round_ == 0:  # a new run: nothing of the old one may stay
             self.model.load_state_dict(self._initial_model().state_dict())
             self._last = None
@@ -112,7 +115,7 @@ class LocalTrainer:
         elif self._last is not None and self._last["round"] > round_ and self._last["start"]:
             later = self._last["round"]
             log.warning("site %s: round %d starts from personal tensors of round %d", self.site, round_, later)
-        return {name: value for name, value in snapshot(self.model).items() if name not in self._shared_names}
+        return {name: value for name, value in snapshot(self.model).items() if name in self._own_names}
 
     def _train(self, round_: int, shared: Mapping[str, Tensor] | None) -> dict[str, Any]:
         check_trainable(self.site, self.method, self.data)
@@ -121,6 +124,7 @@ class LocalTrainer:
             self._receive(shared)
         method.round_start(self.model, shared or {})
         received_auc, _ = self.validation_score()
+        self.received(round_, received_auc)
         optimizer = make_optimizer(self.model, settings)
         if settings.keep_moments and self._last is not None and self._last["moments"] is not None:
             optimizer.load_state_dict(copy.deepcopy(self._last["moments"]))
@@ -145,7 +149,6 @@ class LocalTrainer:
             if value >= best_value:  # ties to the later epoch, as the 2025 code
                 best, best_value, best_epoch = snapshot(self.model), value, epoch
                 moments = copy.deepcopy(optimizer.state_dict()) if settings.keep_moments else None
-            seconds = time.perf_counter() - began
             epochs.append(
                 {
                     "epoch": epoch,
@@ -155,14 +158,15 @@ class LocalTrainer:
                     "val_loss": val_loss,
                     "steps": outcome.steps,
                     "skipped": outcome.skipped,
-                    "seconds": seconds,
+                    "seconds": time.perf_counter() - began,
                 }
             )
             self._report(round_, epochs)
             if without_gain >= settings.patience:
                 break
-        method.round_end(self.model)
         self.model.load_state_dict(best)
+        method.round_end(self.model)
+        best = snapshot(self.model)
         measured = {
             "val_auc_received": received_auc,
             "val_auc_best": epochs[best_epoch]["val_auc"],
@@ -221,23 +225,18 @@ class LocalTrainer:
         """
         if split not in self.data.splits:
             raise UserError(f"site {self.site}: there is no split '{split}': {nearest(split, self.data.splits)}")
+        rows, feeds = self.data.splits[split], (self._primary, self._anchor)
         with self._holding(shared):
-            rows = self.data.splits[split]
             try:
-                probabilities = score(
-                    self.method, self.model, self._primary, self._anchor, rows, self.device, self.precision
-                )
+                probabilities = score(self.method, self.model, *feeds, rows, self.device, self.precision)
             except UserError as error:
                 raise UserError(f"site {self.site}, {split} split: {error}") from error
-        labels = self.data.primary.labels[rows]
-        ids = [self.data.primary.ids[row] for row in rows]
+        labels, ids = self.data.primary.labels[rows], [self.data.primary.ids[row] for row in rows]
         return Evaluation(probabilities, labels, ids, binary_metrics(labels, probabilities))
 
     def validation_score(self) -> tuple[float | None, float]:
-        """AUC (None while a class is absent) and mean log loss of the model on the validation split.
-
-        Without an AUC the loss chooses the best epoch; without any validation image the last epoch does.
-        """
+        """AUC and mean log loss on the validation split. Without an AUC (None: a class is absent) the loss chooses the
+        best epoch; without any validation image the last epoch does."""
         result = self.evaluate("validation")
         if result.metrics["auc"] is None and not self._warned:
             self._warned = True
@@ -250,6 +249,11 @@ class LocalTrainer:
         p = np.clip(result.probabilities, 1e-12, 1 - 1e-12)
         losses = -np.where(result.labels == 1, np.log(p), np.log1p(-p))
         return result.metrics["auc"], float(losses.mean()) if len(losses) else 0.0
+
+    def state_with(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The own model's state had it received `shared`; the model itself stays what it is."""
+        with self._holding(shared):
+            return snapshot(self.model)
 
     @contextmanager
     def _holding(self, shared: Mapping[str, Tensor] | None) -> Iterator[None]:

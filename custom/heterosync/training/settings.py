@@ -1,7 +1,8 @@
 """Settings as frozen dataclasses that check themselves; the settings of local training.
 
 Every field is made by `setting`, which keeps beside the default where it comes from and what is allowed. Marks of the
-sources: [P] the HSL paper, [C] official code, [R] reconstruction, [own] a choice of this project.
+sources: [P] the HSL paper, [M] the method's own paper, [C] official code, [R] reconstruction, [own] a choice of this
+project.
 """
 
 from __future__ import annotations

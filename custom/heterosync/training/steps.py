@@ -118,6 +118,7 @@ class Steps:
         if not (abs(value) < float("inf") and size < float("inf")):  # also false for NaN
             buffers.restore()
             return None
+        self.learner.correct_gradients(self.model)
         optimizer.step()
         return value
 

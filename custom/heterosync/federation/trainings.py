@@ -1,0 +1,211 @@
+"""A training outlives the jobs that carry it: an id, the rounds done so far, and the stored global model.
+
+FLARE does not resume a job, nor let a site into a running one. A long training is therefore a chain of jobs, its
+segments: each takes up what the one before stored and goes on with the next round; sites join, return or leave in
+between. The id of a training is the id of its first job. Server and sites each keep what they must remember of it in a
+folder of their own, `trainings/<id>/` beside their job folders; at the server that is a copy of the run folder's files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from heterosync.errors import UserError
+from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL, ModelFile, load_model
+from heterosync.federation.results import CROSS_SITE, HISTORY, RUN, TENSORBOARD, read_history
+from heterosync.federation.scoreboard import Scoreboard
+from heterosync.federation.wire import is_site_name
+from heterosync.files import explained, link_file, make_folder, read_json
+from heterosync.methods import make_method
+from heterosync.training.settings import TrainingSettings
+
+#: Environment variable with another place for trainings, as `<it>/<participant>/<id>/`.
+TRAININGS = "HETEROSYNC_TRAININGS"
+_FOLDER = "trainings"
+#: What the server is called among the participants, whatever its host name.
+SERVER = "server"
+#: What an error says of a training that is not where a job looked for it.
+NOT_STORED = "is not stored"
+#: `status` in run.json of a segment that ended as planned while rounds remain.
+SEGMENT_DONE = "stopped: end of the segment"
+
+
+def training_folder(root: Path, participant: str, training_id: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the server or a site keeps a training; `root` is its workspace, which holds its job folders.
+
+    Raises `UserError` for an id that is no plain name: it comes from a job and must not lead anywhere else.
+    """
+    if not is_site_name(training_id):
+        raise UserError("the job's training_id is no id of a job: give the id of the training's first job")
+    place = environ.get(TRAININGS)
+    return (Path(place) / participant if place else root / _FOLDER) / training_id
+
+
+def learning_info(
+    method: str, method_settings: Mapping[str, Any] | None, training: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What run.json says of what is learned, all defaults included. Raises `UserError` for unknown settings."""
+    settings = TrainingSettings.from_dict(training)
+    made = make_method(method, dict(method_settings or {}), settings)
+    values = {"method": made.name, "method_settings": made.settings.to_dict(), "training": settings.to_dict()}
+    return {**values, "seed": settings.seed}
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """In words, the first setting that keeps one run from going on with the other's files; None if there is none.
+
+    The number of rounds may differ: a training may go on longer.
+    """
+    for key, value in mine.items():
+        other = theirs.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            for name in sorted({*value, *other} - {"rounds"}):
+                if value.get(name) != other.get(name):
+                    return f"{key.replace('_', ' ')} '{name}' ({other.get(name)!r}, now {value.get(name)!r})"
+        elif value != other:
+            return f"{key.replace('_', ' ')} ({other!r}, now {value!r})"
+    return None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a training has come: rounds done, and the global model that they made (None: the weights stay home)."""
+
+    rounds: int = 0
+    model: ModelFile | None = None
+
+
+def standing(
+    folder: Path, mine: Mapping[str, Any], shares: bool, board: Scoreboard, where: str | None = None
+) -> Standing:
+    """What the record in `folder` is worth: the model file says how many rounds count, and `board` gets their scores.
+
+    mine: what must be as in the record's run.json. shares: whether the method's weights leave the sites. where: what an
+    error calls the folder. Raises `UserError` when the record is of another run or a file is damaged.
+    """
+    run = read_json(folder / RUN)
+    other = difference(mine, {name: run.get(name) for name in mine})
+    if other:
+        raise UserError(f"{where or folder} holds a run with another {other}: keep its settings, or begin a new run")
+    if not shares:
+        return Standing(len(run.get("rounds", [])))
+    if not (folder / LAST_MODEL).exists():
+        return Standing()
+    method = str(mine["method"])
+    last = load_model(folder / LAST_MODEL, method)
+    received: dict[int, dict[str, float]] = {}
+    for round_, site, metric, value in read_history(folder):
+        if metric == "val_auc_received" and round_ < last.round:
+            received.setdefault(round_, {})[site] = value
+    best = folder / BEST_MODEL
+    board.take_up(received, load_model(best, method).round if best.exists() else None)
+    return Standing(last.round, last)
+
+
+#: What run.json says of the sites that a training began with, and the jobs that go on with it compare.
+BEGUN_WITH = ("sites", "labels", "anchor_digest")
+
+
+def changed_ground(earlier: Mapping[str, Any], labels: Any, anchor_digest: str | None) -> list[str]:
+    """Problems, one line each, when the sites' labels or anchor pack are not those of the earlier rounds' run.json."""
+    problems = []
+    if earlier.get("labels") and list(earlier["labels"]) != list(labels):
+        before = " / ".join(map(str, earlier["labels"]))
+        problems.append(f"this training began with the label names {before}: write the same into every site.yaml")
+    if earlier.get("anchor_digest") and earlier["anchor_digest"] != anchor_digest:
+        before = str(earlier["anchor_digest"])[:12]
+        problems.append(f"this training began with the anchor digest {before}…: give every site that anchor pack")
+    return problems
+
+
+def changed_sites(earlier: Mapping[str, Any], sites: Sequence[str]) -> list[str]:
+    """The problem, as one line, when other sites go on with a training than began it; for methods that need the same
+    ones in every round."""
+    before = earlier.get("sites")
+    if not before or sorted(before) == sorted(sites):
+        return []
+    names = ", ".join(sorted(before))
+    return [f"this training began with the sites {names}, and its method needs just these: let them all take part"]
+
+
+class TrainingStore:
+    """The server's folder of one training; one job at a time may hold it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._held: IO[str] | None = None
+
+    def hold(self, begin: bool) -> None:
+        """Take hold of the training until `release` or the end of this process, however it ends.
+
+        begin: a new training, nothing may be left of another one. Raises `UserError` when the training to go on with is
+        not here, or when another job holds it.
+        """
+        if not begin and not (self.folder / RUN).is_file():
+            known = sorted(path.parent.name for path in self.folder.parent.glob(f"*/{RUN}"))
+            have = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"training '{self.folder.name}' {NOT_STORED} at the server ({have}): check the id")
+        lock = make_folder(self.folder) / ".lock"
+        with explained(lock):
+            held = lock.open("a", encoding="utf-8")
+        if not _locked(held):
+            held.close()
+            line = f"training '{self.folder.name}' is in use by another job"
+            raise UserError(f"{line}: wait for its end, or abort it, and submit this one again")
+        self._held = held
+        if begin:
+            with explained(self.folder):
+                for path in self.folder.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path != lock:
+                        path.unlink()
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def fetch(self, run: Path) -> None:
+        """Put the files of the training into the run folder of the job that goes on with it."""
+        _copy_record(self.folder, run)
+
+    def keep(self, run: Path) -> None:
+        """Store the run folder's files. The last model comes last: it says how many rounds count, so that a store cut
+        off in between is one round behind and never wrong."""
+        _copy_record(run, self.folder)
+
+
+def copy_training(source: Path, target: Path) -> None:
+    """Everything of a run folder of the in-process runner, what its sites remember included, at `target`."""
+    _copy_record(source, target)
+    for path in sorted((source / "sites").rglob("*")):
+        if path.is_file():
+            link_file(path, target / path.relative_to(source))
+
+
+def _copy_record(source: Path, target: Path) -> None:
+    events = [path.relative_to(source).as_posix() for path in sorted((source / TENSORBOARD).glob("*"))]
+    for name in (BEST_MODEL, HISTORY, CROSS_SITE, RUN, *events, LAST_MODEL):
+        if (source / name).exists():
+            link_file(source / name, target / name)
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the lock on `file` is ours now; it ends with the process. True where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks
+        return True
+    return True

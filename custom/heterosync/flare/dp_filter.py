@@ -1,0 +1,79 @@
+"""Clipped and noised updates as a filter at the site, before the outbound filter."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+
+from heterosync.errors import HeteroSyncError
+from heterosync.federation.privacy import noisy_state, running_variances
+from heterosync.flare import messages
+from heterosync.methods import make_method
+from heterosync.training.settings import TrainingSettings
+
+RELEASES_FILE = "privacy.jsonl"
+
+
+class NoisyUpdateFilter(Filter):
+    """Replaces what a site has trained by its clipped and noised update of what it received.
+
+    A task result filter of jobs that are exported with `dp_clip`; it stands before the outbound filter. Every release
+    is a line in `privacy.jsonl` in the site's folder of the job: time, round, norm of the update (which never leaves),
+    clip, noise. After as many releases as the job has rounds nothing more leaves: noise that is drawn again for the
+    same round could be averaged out by whoever asks.
+
+    clip: largest L2 norm of an update. noise: standard deviation of the noise, in units of `clip`.
+    method, method_settings, training: as in the executor.
+    """
+
+    def __init__(
+        self,
+        clip: float,
+        noise: float,
+        method: str,
+        method_settings: dict | None = None,
+        training: dict | None = None,
+    ):
+        super().__init__()
+        self._clip, self._noise = float(clip), float(noise)
+        self._method, self._settings, self._training = method, method_settings or {}, training or {}
+        self._variances: frozenset[str] | None = None
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """The answer with the noised state; answers to other tasks and failures as they are. Never raises."""
+        task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
+        if task != messages.TRAIN or messages.failure_of(shareable) is not None:
+            return shareable
+        try:
+            return self._noised(shareable, fl_ctx)
+        except Exception as error:  # whatever goes wrong here, the message stays
+            reason = str(error) if isinstance(error, HeteroSyncError) else f"{type(error).__name__}: {error}"
+            self.logger.warning("%sno update leaves: %s", messages.PROBLEM, reason)
+            return messages.refusal("blocked")
+
+    def _noised(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        training = TrainingSettings.from_dict(self._training)
+        if self._variances is None:
+            model = make_method(self._method, self._settings, training).build_model(weights="none")
+            self._variances = running_variances(model)
+        received, _ = messages.open_message(fl_ctx.get_prop(messages.TASK))
+        trained, fields = messages.open_message(shareable)
+        state, norm = noisy_state(received, trained, self._clip, self._noise, self._variances)
+        self._count({"round": fields.get("round"), "norm": norm}, training.rounds, fl_ctx)
+        return messages.tensors_message(state, fields)
+
+    def _count(self, release: dict[str, Any], rounds: int, fl_ctx: FLContext) -> None:
+        """Write the release down before it happens. Raises `HeteroSyncError` when there were enough."""
+        path = messages.run_folder(fl_ctx) / RELEASES_FILE
+        before = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+        if before >= rounds:
+            raise HeteroSyncError(f"{before} noised updates have left already, the job has {rounds} rounds")
+        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **release, "clip": self._clip, "noise": self._noise}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

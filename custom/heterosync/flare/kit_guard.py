@@ -1,0 +1,34 @@
+"""The seal of a kit, verified once more by the FLARE process itself: start.sh, which verifies too, could be edited."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import WorkspaceConstants
+
+from heterosync.errors import UserError
+from heterosync.flare import kit, messages
+
+
+class KitGuard(FLComponent):
+    """Ends the process of a site or server whose start-up files are not those of its kit, or whose certificate is not
+    valid today. Kits name it in `local/`.
+
+    It acts while it is built: FLARE has entered the workspace by then and has not opened a connection yet. The file
+    `shutdown.fl` keeps the loop of sub_start.sh from starting the process again.
+
+    sealed_by: the seal to expect, "alliance" or "site". workspace: the kit; FLARE's own is the current folder.
+    """
+
+    def __init__(self, sealed_by: str = kit.ALLIANCE, workspace: str = "."):
+        super().__init__()
+        try:
+            kit.verify(workspace, sealed_by)
+            kit.check_dates(workspace)
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"{messages.PROBLEM}{line}", file=sys.stderr, flush=True)
+            (Path(workspace) / WorkspaceConstants.SHUTDOWN_FILE).touch()
+            sys.exit(1)

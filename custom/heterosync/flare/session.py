@@ -1,0 +1,239 @@
+"""One job from an admin's kit: submit it, follow it with a line per site and round, download its record.
+
+The same for a POC and for a provisioned alliance; FLARE's own API does the talking. Every way in which the server
+refuses becomes a `UserError`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.job_def import JobMetaKey
+from nvflare.fuel.flare_api import api_spec
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+from heterosync.errors import UserError
+from heterosync.files import make_folder, read_json
+from heterosync.flare import messages
+
+#: What FLARE calls a job that ran to its end; every other end is a failure.
+COMPLETED = "FINISHED:COMPLETED"
+_FINISHED, _SUBMITTED = "FINISHED", "SUBMITTED"
+#: What FLARE's word for an end means here.
+_MEANING = {
+    "FINISHED:EXECUTION_EXCEPTION": "a process of this job ended at the server or at a site (killed, out of memory?), "
+    "which ends the whole job; the models of the rounds that were done are kept",
+    "FINISHED:ABNORMAL": "a site was lost on the way, or could not load the job; its own log.txt says why",
+    "FINISHED:ABORTED": "somebody aborted it",
+}
+_POLL = 1.0  # seconds between two looks at a job
+_OUTAGE = 120.0  # seconds that the server may be out of reach before we stop following
+_OURS = re.compile(r"\S+ \S+ - heterosync - [A-Z]+ - (?P<text>.*)")
+_LINE = re.compile(r"\S+ \S+ - \S+ - (?P<level>[A-Z]+) - (?:\[.*?\]: )?(?P<text>.*)")
+_REFUSED = re.compile("not in allow_list|ConfigError|ComponentNotAuthorized|No module named 'het")
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended: FLARE's id and status of it, and "" or the lines that say what to mend."""
+
+    job_id: str
+    status: str
+    cause: str
+
+    @property
+    def completed(self) -> bool:
+        return self.status == COMPLETED
+
+
+@contextmanager
+def admin_session(kit: Path | str, timeout: float = 30.0) -> Iterator[AdminSession]:
+    """Log in with an admin's kit (the folder that holds `startup/`), waiting at most `timeout` seconds for the server.
+
+    Raises `UserError` when the kit is none, the server is out of reach or does not accept the admin.
+    """
+    kit = Path(kit).absolute()
+    config = kit / "startup" / "fed_admin.json"
+    if not config.is_file():
+        raise UserError(f"{kit} is not the kit of an admin: it has no startup/fed_admin.json")
+    admin = read_json(config)["admin"]
+    with _explained(f"{admin['username']} at {admin['host']}:{admin['port']}"):
+        session = new_secure_session(admin["username"], str(kit), timeout=timeout)
+    try:
+        yield AdminSession(session)
+    finally:
+        session.close()
+
+
+class AdminSession:
+    """What an admin does with a job. Raises `UserError` for all that the server refuses."""
+
+    def __init__(self, session: Session):
+        self._session = session
+
+    def sites(self) -> list[str]:
+        """Names of the sites that are connected now."""
+        with _explained("the list of sites"):
+            return sorted(client.name for client in self._session.get_system_info().client_info)
+
+    def lost(self, job_id: str) -> bool:
+        """Whether FLARE calls a job running that no process runs, since the server was started anew after it began."""
+        with _explained(f"job {job_id}"):
+            meta, system = self._session.get_job_meta(job_id), self._session.get_system_info()
+        began = meta.get(JobMetaKey.START_TIME.value) or meta.get(JobMetaKey.SUBMIT_TIME_ISO.value)
+        if meta.get(JobMetaKey.STATUS.value) not in ("RUNNING", "DISPATCHED") or not began:
+            return False
+        known = {job.job_id for job in system.job_info}
+        return job_id not in known and float(system.server_info.start_time) > datetime.fromisoformat(began).timestamp()
+
+    def submit(self, job: Path | str, token: str | None = None) -> str:
+        """Submit a job folder; returns FLARE's id of the job. A copy is sent: FLARE signs the folder it submits.
+
+        token: submitted again with the same one, the job is not submitted a second time.
+        """
+        job = Path(job).absolute()
+        if not (job / "meta.json").is_file():
+            raise UserError(f"{job} is not a job folder (no meta.json): write one with `heterosync job export`")
+        with tempfile.TemporaryDirectory() as temporary, _explained(f"job {job.name}"):
+            copy = shutil.copytree(job, Path(temporary) / job.name)
+            return str(self._session.submit_job(str(copy), submit_token=token))
+
+    def follow(
+        self,
+        job_id: str,
+        say: Callable[[str], None] = print,
+        timeout: float | None = None,
+        while_waiting: Callable[[], None] | None = None,
+    ) -> JobEnd:
+        """Wait for the end of a job and say each of its lines once.
+
+        timeout: seconds; after them the job is aborted and a `UserError` raised. while_waiting: called at every look.
+        """
+        log, waiting = _JobLog(say), ""
+        start = heard = time.monotonic()
+        while True:
+            now = time.monotonic()
+            try:
+                meta = self._session.get_job_meta(job_id)
+                log.read(self._log_of(job_id))
+                heard = now
+            except (ConnectionError, api_spec.InternalError, api_spec.NoReply) as error:
+                if now - heard > _OUTAGE:
+                    line = f"job {job_id}: the server was out of reach for {_OUTAGE:.0f} s ({error}); it may still run"
+                    raise UserError(f"{line}: look with `nvflare job meta {job_id}`") from error
+                meta = {}
+            status = str(meta.get(JobMetaKey.STATUS.value, ""))
+            if status.startswith(_FINISHED):
+                return JobEnd(job_id, status, "" if status == COMPLETED else log.cause() or _reason(meta, status))
+            if status == _SUBMITTED and (why := _not_scheduled(meta)) != waiting:
+                waiting = why
+                say(f"the job waits: {why}")
+            if timeout is not None and now - start > timeout:
+                self.abort(job_id)
+                raise UserError(_too_late(job_id, timeout, waiting))
+            if while_waiting is not None:
+                while_waiting()
+            time.sleep(_POLL)
+
+    def abort(self, job_id: str) -> None:
+        with _explained(f"job {job_id}"):
+            self._session.abort_job(job_id)
+
+    def meta(self, job_id: str) -> dict[str, Any]:
+        """What FLARE keeps of a job: status, submitter, sites, what happened at its deployment."""
+        with _explained(f"job {job_id}"):
+            return dict(self._session.get_job_meta(job_id))
+
+    def download(self, job_id: str, out: Path | str) -> Path:
+        """Put a finished job's folder below `out`; returns the server's part of it, with history.csv and models."""
+        with _explained(f"the result of job {job_id}"):
+            location = self._session.download_job_result(job_id, str(make_folder(out)))
+        return Path(location) / "workspace"
+
+    def _log_of(self, job_id: str) -> str:
+        try:
+            return str(self._session.get_job_logs(job_id, "server")["logs"].get("server") or "")
+        except (api_spec.JobNotFound, api_spec.JobNotRunning, AttributeError, KeyError):
+            return ""  # not yet deployed, or moved to the store just now
+        except api_spec.AuthorizationError:
+            return ""  # a policy without the right `get_job_log`: the end of the job is seen all the same
+
+
+class _JobLog:
+    """Reads the server's log of a job as it grows: tells our lines, remembers what explains a failure."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._read = 0
+        self._problems: list[str] = []
+        self._errors: list[str] = []
+
+    def read(self, text: str) -> None:
+        lines = text.splitlines()
+        if text and not text.endswith("\n"):
+            lines.pop()  # still being written
+        for line in lines[self._read :]:
+            self._take(line)
+        self._read = max(self._read, len(lines))
+
+    def _take(self, line: str) -> None:
+        found = _LINE.match(line)
+        if found is None:
+            return
+        level, text = found.group("level", "text")
+        if text.startswith(messages.PROBLEM):
+            self._problems.append(text.removeprefix(messages.PROBLEM))
+            self._say(self._problems[-1])
+        elif ours := _OURS.match(line):
+            self._say(ours.group("text"))
+        elif level in ("ERROR", "CRITICAL"):
+            self._errors.append(text)
+
+    def cause(self) -> str:
+        if self._problems:
+            return "\n".join(dict.fromkeys(self._problems))
+        refused = [error for error in self._errors if _REFUSED.search(error)]
+        return next(iter(refused or self._errors), "")
+
+
+def _too_late(job_id: str, timeout: float, waiting: str) -> str:
+    never = f"; it was never started: {waiting}" if waiting else ""
+    return f"job {job_id} was not finished within {timeout:g} s and was aborted{never}"
+
+
+def _not_scheduled(meta: dict[str, Any]) -> str:
+    """Why the scheduler did not start a job at its last look; "" when it did not look yet."""
+    history = meta.get(JobMetaKey.SCHEDULE_HISTORY.value) or [""]
+    return str(history[-1]).partition(": ")[2] or str(history[-1])
+
+
+def _reason(meta: dict[str, Any], status: str) -> str:
+    """What FLARE wrote down about a job that failed without a word of ours: who refused it, or why it never began."""
+    details = meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or meta.get(JobMetaKey.SCHEDULE_HISTORY.value) or []
+    told = [str(detail) for detail in details if "OK" not in str(detail).split()[-1:]]
+    meaning = [_MEANING[status]] if status in _MEANING else []
+    return "; ".join([f"FLARE ended the job with {status}", *meaning, *told[-3:]])
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what FLARE's API raises into one line for the user."""
+    try:
+        yield
+    except api_spec.AuthorizationError as error:
+        raise UserError(f"{what}: the server gives this user no right to do that: use the kit of a lead") from error
+    except api_spec.AuthenticationError as error:
+        raise UserError(f"{what}: the server does not accept this kit ({error}): is it of this alliance?") from error
+    except (api_spec.NoConnection, api_spec.SessionClosed) as error:
+        raise UserError(f"{what}: the server cannot be reached ({error}): is it running, is the port open?") from error
+    except (api_spec.InvalidJobDefinition, api_spec.JobNotFound, api_spec.JobNotDone, api_spec.JobNotRunning) as error:
+        raise UserError(f"{what}: {error}") from error

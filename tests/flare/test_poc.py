@@ -1,0 +1,120 @@
+"""One job in FLARE's POC mode: the same model as everywhere, and nothing left behind in any case."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from federation_toys import model_digest
+from heterosync.errors import UserError
+from heterosync.federation.runner import run_inprocess
+from heterosync.files import write_json
+from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.poc import COMMANDS, run_poc
+from heterosync.flare.processes import package_environment
+from heterosync.flare.simulator import simulate
+from toys import SMOKE, toy_alliance
+
+pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.poc]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def processes_of(out: Path) -> list[psutil.Process]:
+    """Processes whose command line or POC workspace lies below `out`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            where = [*process.cmdline(), process.environ().get("NVFLARE_POC_WORKSPACE", "")]
+        except (psutil.Error, OSError):
+            continue
+        if process.pid != os.getpid() and any(word.startswith(f"{out}/") for word in where):
+            found.append(process)
+    return found
+
+
+def test_poc_gives_the_same_model_as_simulator_and_one_process(tmp_path):
+    data = toy_alliance(tmp_path / "data", 2)
+    job = build_job("hsl", tmp_path / "job", JobOptions(training=SMOKE))
+    before = (Path.home() / ".nvflare").exists()
+    said: list[str] = []
+    result = run_poc(job, data, tmp_path / "poc", timeout=300, say=said.append)
+    assert not processes_of(tmp_path / "poc")
+    run_inprocess("hsl", data, tmp_path / "oracle", training=SMOKE)
+    simulated = simulate(job, tmp_path / "ws", list(data), tmp_path / "data", log=None, timeout=300)
+    for name in ("last_model.pt", "best_model.pt"):
+        digests = {model_digest(folder / name) for folder in (result.results, tmp_path / "oracle", simulated.results)}
+        assert len(digests) == 1, name
+    # what a user sees and keeps
+    text = "\n".join(said)
+    assert "round 1/2, site site-b: " in text and "round 2/2 done " in text
+    for command in ("poc prepare", "poc start", "job submit", "job download", "poc stop", "poc clean"):
+        assert f"$ nvflare {command}" in text
+        assert f"\nnvflare {command}" in (tmp_path / "poc" / COMMANDS).read_text()
+    for folder in result.sites.values():
+        assert (folder / "results" / "predictions.csv").is_file() and (folder / "job" / "audit.jsonl").is_file()
+    assert not (tmp_path / "poc" / "poc").exists(), "the workspace is removed"
+    assert (Path.home() / ".nvflare").exists() == before, "the user's own settings stay as they were"
+
+
+def test_a_job_that_cannot_start_leaves_one_cause_and_no_process(tmp_path):
+    data = toy_alliance(tmp_path / "data", 1)
+    job = build_job("local", tmp_path / "job", JobOptions(training=SMOKE))
+    path = job / "app" / "config" / "config_fed_server.json"
+    config = json.loads(path.read_text())
+    config["components"].append({"id": "x", "path": "heterosync.flare.poc.run_poc", "args": {}})
+    write_json(path, config)
+    with pytest.raises(UserError, match="not in allow_list"):
+        run_poc(job, data, tmp_path / "poc", timeout=120, say=lambda line: None)
+    assert not processes_of(tmp_path / "poc")
+    with pytest.raises(UserError, match="holds an earlier POC"):
+        run_poc(job, data, tmp_path / "poc")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_in_the_middle_it_leaves_no_process(tmp_path, number, code):
+    toy_alliance(tmp_path / "data", 2)
+    job = build_job("hsl", tmp_path / "job", JobOptions(training={**SMOKE, "rounds": 500}))
+    out = tmp_path / "poc"
+    command = ["-m", "heterosync.cli", "poc", str(job), "--data", str(tmp_path / "data"), "--out", str(out)]
+    child = subprocess.Popen(
+        [sys.executable, "-u", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=package_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("round 1/500 done"):
+            break
+    assert processes_of(out)
+    child.send_signal(number)
+    began = time.monotonic()
+    child.communicate(timeout=60)
+    assert child.returncode == code
+    assert time.monotonic() - began < 30
+    assert not [process for process in processes_of(out) if process.pid != child.pid]
+
+
+def test_the_server_of_a_poc_listens_on_loopback_only_and_two_pocs_do_not_collide(tmp_path):
+    """`free_port` and the name of the server; checked on the project file, without a start."""
+    from heterosync.flare.poc import SERVER, _project, free_port
+
+    ports = {free_port() for _ in range(5)}
+    assert len(ports) > 1
+    server = next(entry for entry in _project(["site-a"], 1234)["participants"] if entry["type"] == "server")
+    assert server["name"] == SERVER and socket.gethostbyname(SERVER).startswith("127.")
