@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from heterosync.errors import UserError
 
@@ -30,8 +30,9 @@ def explained(path: Path | str) -> Iterator[None]:
     """Turn the usual operating-system errors of writing into a `UserError` that names `path`."""
     try:
         yield
-    except OSError as error:
-        cause = _CAUSES.get(error.errno or 0)
+    except (OSError, RuntimeError) as error:
+        told = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the file said
+        cause = _CAUSES.get(told.errno or 0) if isinstance(told, OSError) else None
         if cause is None:
             raise
         raise UserError(f"cannot write {path}: {cause}") from error
@@ -67,6 +68,16 @@ def write_with(path: Path | str, write: Callable[[Path], Any]) -> Path:
                 temporary.unlink()
             raise
     return path
+
+
+def write_stream(path: Path | str, write: Callable[[BinaryIO], Any]) -> Path:
+    """`write_with` for what writes into an open file."""
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(file)
+
+    return write_with(path, fill)
 
 
 def write_bytes(path: Path | str, data: bytes) -> Path:

@@ -27,11 +27,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        _titles[item.nodeid] = inspect.getdoc(getattr(item, "function", None)) or item.name
+        title = inspect.getdoc(getattr(item, "function", None)) if item.get_closest_marker("drill") else None
+        _titles[item.nodeid] = title or item.name.removeprefix("test_").replace("_", " ")
+
+
+def pytest_runtestloop() -> None:
+    """A fresh network namespace has its loopback device down."""
+    if [name for _, name in socket.if_nameindex()] == ["lo"]:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    paragraphs = [f"FLARE {version('nvflare')}, torch {version('torch')}; tiny images; written by `make drill`.\n"]
+    paragraphs = [f"FLARE {version('nvflare')}, torch {version('torch')}; tiny images, three sites on one machine.\n"]
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
             reason = [report.longrepr[2].removeprefix("Skipped: ")] if outcome == "skipped" else []
@@ -44,10 +51,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def surroundings() -> Iterator[None]:
-    """A fresh network namespace has its loopback device down."""
-    if [name for _, name in socket.if_nameindex()] == ["lo"]:
-        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield

@@ -40,13 +40,13 @@ def behind_the_line(line: Wire, tmp_path_factory, data) -> Iterator[Federation]:
 def test_cut(line: Wire, behind_the_line, tmp_path: Path, data, tell: Callable[[str], None]) -> None:
     """network cut for 30 s in the middle of a transfer"""
     armed: list[str] = []
-    line.rate = 60_000  # a model takes seconds, so that the cut falls into the middle of one
+    line.rate = 300_000  # a model takes seconds, so that the cut falls into the middle of one
 
     def arm(job_id: str) -> None:
         log = behind_the_line.run_folder("site-c", job_id) / "log.txt"
         if not armed and log.exists() and "round 1/3, epoch " in log.read_text():
             armed.append(job_id)
-            line.cut_in_transfer(after=100_000, seconds=30)
+            line.cut_in_transfer(after=400_000, seconds=30)
 
     training = {**SMOKE, "rounds": 3}
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from federation_toys import SERVER, Federation, contributors, federation, job_of, until
@@ -67,6 +68,8 @@ def test_a_borrowed_name(small_disk, tmp_path: Path, tell: Callable[[str], None]
 def test_full_disk(small_disk, tmp_path: Path, tell: Callable[[str], None]) -> None:
     """full disk at a site, from its first finished round until round 3 of 5"""
     filler = small_disk.alliance.kits["site-c"] / "filler"
+    at_hand: list[Path] = []
+    rounds: list[int] = []  # of the state that the site has after two rounds without space
 
     def fill(job_id: str) -> None:
         record = small_disk.run_folder(SERVER, job_id) / "run.json"
@@ -78,21 +81,26 @@ def test_full_disk(small_disk, tmp_path: Path, tell: Callable[[str], None]) -> N
                         file.write(bytes(4096))
                 except OSError:
                     pass
+            (saved,) = small_disk.alliance.kits["site-c"].glob(f"trainings/{job_id}/state.pt")
+            at_hand.append(saved)
         elif done >= 3 and filler.exists():
+            rounds.append(torch.load(at_hand[0], weights_only=True)["round"])
             filler.unlink()
 
     if "site-c" not in small_disk.session().sites():
         small_disk.start("site-c")
         small_disk.wait_for(ALL)
     training = {**SMOKE, "rounds": 5, "local_epochs": 25, "patience": 25}
-    try:
-        done = small_disk.run(job_of(tmp_path, "full", training, min_clients=2, wait_after_min=10), look=fill)
-    finally:
-        log = small_disk.alliance.kits["site-c"] / "console.txt"
-        tell(f"{[line for line in log.read_text().splitlines() if 'PROBLEM' in line or 'No space' in line][:4]}")
+    job = job_of(tmp_path, "full", training, min_clients=2, wait_after_min=10)
+    done = small_disk.run(job, look=fill)
+    console, refused = small_disk.console("site-c"), done.record()["rounds"][1]["refused"]
+    (line, *_) = [line for line in console.splitlines() if "PROBLEM" in line and "the disk is full" in line]
     tell(f"{done.end.status}; contributors per round: {contributors(done)}")
-    tell(f"refused: {[record['refused'] for record in done.record()['rounds']]}")
-    assert (done.folder / "last_model.pt").exists()
+    tell(f"the lead reads: {refused}")
+    tell(f"the site reads: … {line[line.index('the disk is full') :]}")
+    assert done.end.status == COMPLETED and done.record()["status"] == "completed"
+    assert rounds == [0], "the state of the last round that could be saved is whole"
+    assert contributors(done)[:2] == [ALL, TWO] and contributors(done)[-1] == ALL
 
 
 def test_two_gigabytes_of_junk(small_disk, tmp_path: Path, tell: Callable[[str], None]) -> None:
@@ -115,4 +123,5 @@ def test_two_gigabytes_of_junk(small_disk, tmp_path: Path, tell: Callable[[str],
     tell(f"{done.end.status}; contributors per round: {contributors(done)}")
     tell(f"refused: {[record['refused'] for record in done.record()['rounds']]}")
     tell(f"largest memory seen: { ({name: round(value / GIB, 1) for name, value in peak.items()}) } GiB")
-    assert done.end.status == COMPLETED and contributors(done)[1] == ALL
+    assert done.end.status == COMPLETED and contributors(done) == [TWO, ALL]
+    assert done.record()["rounds"][0]["refused"] == {"site-c": "tensor 'junk' is not part of the shared state"}

@@ -1,7 +1,7 @@
 """A cable between this network namespace and another: how slow, how lossy and when cut, the test says.
 
-Two TUN devices, and a thread that carries IP packets between them. It needs no `tc netem`, which many kernels lack:
-what both ends see is real TCP over a bad line.
+Two TUN devices, and a thread that carries IP packets between them: both ends see real TCP over a bad line. It needs no
+`tc netem`, which many kernels lack.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def why_not() -> str:
 
 
 class Wire:
-    """delay: seconds in each direction. loss: share of packets that vanish. rate: bytes per second each way."""
+    """delay: seconds, loss: share of packets that vanish, rate: bytes per second; each in either direction."""
 
     def __init__(self) -> None:
         self.delay, self.loss, self.rate = 0.0, 0.0, 1e9

@@ -24,6 +24,8 @@ from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 from toys import SMOKE, toy_alliance
 
+RECORD = Path("trainings", "first-job", "privacy.jsonl")
+
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
@@ -39,11 +41,14 @@ def answer(state: dict[str, torch.Tensor], round_: int = 0) -> Shareable:
     return messages.tensors_message(moved(state), fields)
 
 
-def through(folder: Path, state: dict[str, torch.Tensor], clip: float, noise: float, task: str = "train") -> Shareable:
+def through(
+    folder: Path, state: dict[str, torch.Tensor], clip: float, noise: float, task: str = "train", run: str = "job-1"
+) -> Shareable:
+    """A site's answer after both filters; `run` names the folder of the job."""
     received = messages.tensors_message(state)
-    context = fake_context(folder, **{FLContextKey.TASK_NAME: task, messages.ROUND: 0, messages.TASK: received})
+    context = fake_context(folder / run, **{FLContextKey.TASK_NAME: task, messages.ROUND: 0, messages.TASK: received})
     message = answer(state) if task == "train" else messages.scalars_message({"auc": 0.5})
-    noised = NoisyUpdateFilter(clip, noise, "hsl", {}, SMOKE).process(message, context)
+    noised = NoisyUpdateFilter(clip, noise, "hsl", {}, SMOKE, "first-job").process(message, context)
     return OutboundFilter("hsl", {}, SMOKE).process(noised, context)
 
 
@@ -52,7 +57,7 @@ def test_of_what_a_method_shares_all_is_noised_and_nothing_else_added(tmp_path: 
     method = make_method(name, None, TrainingSettings.from_dict(SMOKE))
     model = method.build_model()
     shared = {key: model.state_dict()[key] for key in method.shared_names(model)}
-    context = fake_context(tmp_path, **{FLContextKey.TASK_NAME: "train", messages.ROUND: 0})
+    context = fake_context(tmp_path / "job-1", **{FLContextKey.TASK_NAME: "train", messages.ROUND: 0})
     context.set_prop(messages.TASK, messages.tensors_message(shared), private=True, sticky=False)
     noised = NoisyUpdateFilter(2.0, 0.5, name, {}, SMOKE).process(answer(shared), context)
     sent = messages.open_message(OutboundFilter(name, {}, SMOKE).process(noised, context))[0]
@@ -75,10 +80,10 @@ def test_clipped_update_passes_the_outbound_filter_and_is_on_record(tmp_path: Pa
     assert fields["metrics"] == {"train_loss": 0.25}
     counter = next(name for name in state if name.endswith("num_batches_tracked"))
     assert sent[counter] == state[counter] + 1
-    (release,) = map(json.loads, (tmp_path / "privacy.jsonl").read_text().splitlines())
+    (release,) = map(json.loads, (tmp_path / RECORD).read_text().splitlines())
     elements = sum(value.numel() for value in state.values() if value.is_floating_point())
     assert release["norm"] == pytest.approx(math.sqrt(elements), rel=1e-4) and release["clip"] == 2.5
-    (line,) = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / "job-1" / "audit.jsonl").read_text().splitlines())
     assert line["left"] and len(line["items"]) == len(state) + 1
 
 
@@ -97,20 +102,21 @@ def test_no_noise_and_a_wide_clip_send_the_plain_answer(tmp_path: Path, state) -
 
 
 def test_who_asks_again_and_again_gets_no_more_noise_to_average(tmp_path: Path, state) -> None:
-    replies = [through(tmp_path, state, 1.0, 1.0) for _ in range(SMOKE["rounds"] + 2)]
+    runs = [f"job-{i}" for i in range(SMOKE["rounds"] + 2)]  # each a job that takes up the same training
+    replies = [through(tmp_path, state, 1.0, 1.0, run=run) for run in runs]
     blocked = [reply.get_header(messages.REASON) for reply in replies]
     assert blocked == [None] * SMOKE["rounds"] + ["blocked"] * 2
 
 
 def test_without_the_received_model_nothing_leaves(tmp_path: Path, state) -> None:
-    context = fake_context(tmp_path, **{FLContextKey.TASK_NAME: "train"})
+    context = fake_context(tmp_path / "job-1", **{FLContextKey.TASK_NAME: "train"})
     reply = NoisyUpdateFilter(1.0, 1.0, "hsl", {}, SMOKE).process(answer(state), context)
     assert reply.get_header(messages.REASON) == "blocked" and "DXO" not in reply
 
 
 def test_other_answers_pass_as_they_are(tmp_path: Path, state) -> None:
     assert messages.open_message(through(tmp_path, state, 1.0, 1.0, "validate"))[1] == {"auc": 0.5}
-    assert not (tmp_path / "privacy.jsonl").exists()
+    assert not (tmp_path / RECORD).exists()
 
 
 def test_the_builder_puts_it_before_the_outbound_filter_and_says_what_it_gives(tmp_path: Path) -> None:
@@ -134,7 +140,9 @@ def test_a_job_without_noise_and_with_a_wide_clip_ends_with_the_plain_model(tmp_
     ours, theirs = (load_model(folder / "last_model.pt").state for folder in (result.results, tmp_path / "oracle"))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     for folder in result.sites.values():
-        releases = [json.loads(line) for line in (folder / "privacy.jsonl").read_text().splitlines()]
+        releases = [
+            json.loads(line) for line in next(folder.parent.glob("trainings/*/privacy.jsonl")).read_text().splitlines()
+        ]
         assert [release["round"] for release in releases] == [0, 1] and all(r["norm"] > 0 for r in releases)
 
 

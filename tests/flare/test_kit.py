@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
+from nvflare.private.fed.client.shell_cmd import ShellCommandProcessor
 
 from heterosync.cli import main
 from heterosync.errors import ProblemList, UserError
 from heterosync.flare import kit
+from heterosync.flare.kit_guard import KitGuard
 from kit_toys import copy_kit, run, toy_kits
 
 
@@ -171,3 +174,11 @@ def test_commands(kits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "sealed by the alliance" in capsys.readouterr().err
     assert main(["kit", "verify", str(tmp_path)]) == 1
     assert "is no startup kit" in capsys.readouterr().err
+
+
+def test_a_site_answers_no_shell_commands_of_its_server(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell, other = ShellCommandProcessor(), ClientRequestProcessors.request_processors[0]
+    monkeypatch.setattr(ClientRequestProcessors, "request_processors", [shell, other])
+    answered = ClientRequestProcessors.request_processors  # FLARE holds the list itself before the guard is built
+    KitGuard(workspace=str(kits / "site-a"))
+    assert answered == [other]

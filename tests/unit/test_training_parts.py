@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 
 from core_toys import settings
 from heterosync.errors import UserError
+from heterosync.files import write_stream
 from heterosync.methods import make_method
 from heterosync.training import BestRound, Plateau, TrainingSettings, binary_metrics, choose_precision, precision
 from heterosync.training.augment import MAX_ANGLE, augment, draw_augmentation
@@ -300,3 +305,16 @@ def test_devices_that_are_not_there_are_named(monkeypatch, device, cards, mps, h
         return
     with pytest.raises(UserError, match=f"site clinic: device '{device}' is not there: set device in site.yaml to cpu"):
         check_device("clinic", torch.device(device))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_while_torch_writes_is_named(tmp_path):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match="state.pt: the disk is full"):  # torch alone: "unexpected pos 64 vs 0"
+        write_stream(tmp_path / "state.pt", lambda file: torch.save({"a": torch.zeros(1000)}, Full()))
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from heterosync import __version__
 from heterosync.errors import UserError
-from heterosync.files import link_file, write_with
+from heterosync.files import link_file, write_stream
 from heterosync.methods import make_method
 from heterosync.methods.base import Method
 from heterosync.models.encoder import resolved_weights
@@ -110,7 +110,7 @@ def save_model(
         "assets": dict(extra or {}),
         "versions": {**_made_here(_plain(training)), **(versions or {})},
     }
-    return write_with(path, lambda temporary: torch.save(content, temporary))
+    return write_stream(path, lambda file: torch.save(content, file))
 
 
 def load_model(path: Path | str, method: str | None = None) -> ModelFile:

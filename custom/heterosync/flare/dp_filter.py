@@ -13,6 +13,8 @@ from nvflare.apis.shareable import Shareable
 
 from heterosync.errors import HeteroSyncError
 from heterosync.federation.privacy import noisy_state, running_variances
+from heterosync.federation.trainings import training_folder
+from heterosync.files import make_folder
 from heterosync.flare import messages
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
@@ -24,12 +26,12 @@ class NoisyUpdateFilter(Filter):
     """Replaces what a site has trained by its clipped and noised update of what it received.
 
     A task result filter of jobs that are exported with `dp_clip`; it stands before the outbound filter. Every release
-    is a line in `privacy.jsonl` in the site's folder of the job: time, round, norm of the update (which never leaves),
-    clip, noise. After as many releases as the job has rounds nothing more leaves: noise that is drawn again for the
-    same round could be averaged out by whoever asks.
+    is a line in `privacy.jsonl` in the site's folder of the training: time, round, norm of the update (which never
+    leaves), clip, noise. After as many releases as the training has rounds nothing more leaves, in this job or in one
+    that goes on with the training: noise that is drawn again for the same round could be averaged out by whoever asks.
 
     clip: largest L2 norm of an update. noise: standard deviation of the noise, in units of `clip`.
-    method, method_settings, training: as in the executor.
+    method, method_settings, training, training_id: as in the executor.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class NoisyUpdateFilter(Filter):
         method: str,
         method_settings: dict | None = None,
         training: dict | None = None,
+        training_id: str = "",
     ):
         super().__init__()
         self._clip, self._noise = float(clip), float(noise)
         self._method, self._settings, self._training = method, method_settings or {}, training or {}
+        self._training_id = training_id
         self._variances: frozenset[str] | None = None
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
@@ -70,10 +74,11 @@ class NoisyUpdateFilter(Filter):
 
     def _count(self, release: dict[str, Any], rounds: int, fl_ctx: FLContext) -> None:
         """Write the release down before it happens. Raises `HeteroSyncError` when there were enough."""
-        path = messages.run_folder(fl_ctx) / RELEASES_FILE
+        root, training_id = messages.run_folder(fl_ctx).parent, self._training_id or fl_ctx.get_job_id()
+        path = make_folder(training_folder(root, fl_ctx.get_identity_name(), training_id)) / RELEASES_FILE
         before = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
         if before >= rounds:
-            raise HeteroSyncError(f"{before} noised updates have left already, the job has {rounds} rounds")
+            raise HeteroSyncError(f"{before} noised updates have left already, the training has {rounds} rounds")
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **release, "clip": self._clip, "noise": self._noise}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

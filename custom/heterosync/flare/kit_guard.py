@@ -7,6 +7,8 @@ from pathlib import Path
 
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import WorkspaceConstants
+from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
+from nvflare.private.fed.client.shell_cmd import ShellCommandProcessor
 
 from heterosync.errors import UserError
 from heterosync.flare import kit, messages
@@ -18,6 +20,9 @@ class KitGuard(FLComponent):
 
     It acts while it is built: FLARE has entered the workspace by then and has not opened a connection yet. The file
     `shutdown.fl` keeps the loop of sub_start.sh from starting the process again.
+
+    It also takes FLARE's shell commands (`cat`, `grep`, …) away from a site: a site believes its server about who may
+    give them, so a server in the wrong hands could read every file that the site's account can.
 
     sealed_by: the seal to expect, "alliance" or "site". workspace: the kit; FLARE's own is the current folder.
     """
@@ -32,3 +37,7 @@ class KitGuard(FLComponent):
                 print(f"{messages.PROBLEM}{line}", file=sys.stderr, flush=True)
             (Path(workspace) / WorkspaceConstants.SHUTDOWN_FILE).touch()
             sys.exit(1)
+        commands = (
+            ClientRequestProcessors.request_processors
+        )  # FLARE's own list, from which a site takes what it answers
+        commands[:] = [command for command in commands if not isinstance(command, ShellCommandProcessor)]

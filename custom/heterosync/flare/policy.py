@@ -31,12 +31,13 @@ ANYBODY, NOBODY, OWN_SITE, OWN_JOBS = "any", "none", "o:site", "n:submitter"
 def authorization(kind: str) -> dict[str, Any]:
     """Who may do what at a server or client. Custom code is for nobody; jobs come from the project admin and the leads.
 
-    Reading files by the console's `cat`, `tail` and the like is for those whose machine it is.
+    The console's `cat`, `grep` and the like work at the server alone, for the project admin and its own org admin.
     """
     never = {"byoc": NOBODY, "server-predeployed-flwr": NOBODY}
     # get_job_log belongs to no category of FLARE's: named by nobody, it is forbidden, and nobody can follow a job
     jobs = ("submit_job", "clone_job", "manage_job", "download_job", "get_job_log")
     at_server = ANYBODY if kind == "server" else NOBODY  # for the project admin: other leads' jobs lie there
+    own_server = OWN_SITE if kind == "server" else NOBODY
     own_jobs = {"submit_job": ANYBODY, **dict.fromkeys(jobs[1:], OWN_JOBS)}
     no_jobs = dict.fromkeys(jobs, NOBODY)
     return {
@@ -47,7 +48,7 @@ def authorization(kind: str) -> dict[str, Any]:
                 "shell_commands": at_server,
                 **never,
             },
-            "org_admin": {**no_jobs, "view": ANYBODY, "operate": OWN_SITE, "shell_commands": OWN_SITE, **never},
+            "org_admin": {**no_jobs, "view": ANYBODY, "operate": OWN_SITE, "shell_commands": own_server, **never},
             "lead": {**own_jobs, "view": ANYBODY, "operate": OWN_SITE, "shell_commands": NOBODY, **never},
             "member": {"view": ANYBODY},
         },

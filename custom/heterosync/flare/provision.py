@@ -103,9 +103,10 @@ def renew(project: dict[str, Any], out: Path, names: Collection[str]) -> tuple[l
         raise UserError(f"{path} does not exist: --out must be the folder of the first provisioning")
     before = path.read_text(encoding="utf-8")
     state = json.loads(before)
+    participants = {entry["name"] for entry in project["participants"]}
     for name in names:
-        if state.pop(name, None) is None:
-            raise UserError(f"'{name}' has no certificate in {path}")
+        if name not in participants or state.pop(name, None) is None:
+            raise UserError(f"'{name}' is no participant of the project with a certificate in {path}")
     try:
         write_json(path, state)
         return provision(project, out, names)

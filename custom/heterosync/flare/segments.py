@@ -37,7 +37,7 @@ def segment_job(
         for part in _parts(config):
             if "training" in part["args"]:
                 part["args"]["training"] = training
-            if part["path"] in (allowlist.CONTROLLER, allowlist.EXECUTOR):
+            if part["path"] in (allowlist.CONTROLLER, allowlist.EXECUTOR, allowlist.DP_FILTER):
                 part["args"]["training_id"] = training_id
             if part["path"] == allowlist.CONTROLLER:
                 part["args"]["segment_rounds"] = segment_rounds

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from heterosync.errors import UserError
-from heterosync.files import write_with
+from heterosync.files import write_stream
 
 FORMAT = 1
 _KEYS = {"format", "method", "site", "round", "request", "state", "metrics", "epochs", "moments", "start"}
@@ -36,7 +36,7 @@ def request_digest(shared: Mapping[str, Tensor] | None, *context: object) -> str
 
 
 def save_state(path: Path, record: dict[str, Any]) -> None:
-    write_with(path, lambda temporary: torch.save({"format": FORMAT, **record}, temporary))
+    write_stream(path, lambda file: torch.save({"format": FORMAT, **record}, file))
 
 
 def load_state(path: Path, method: str, site: str) -> dict[str, Any] | None:
