@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sysconfig
+import venv
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +29,18 @@ from heterosync.flare.aggregator import EqualWeightAggregator
 from heterosync.flare.controller import HeteroSyncController
 from heterosync.flare.persistor import GlobalModelPersistor
 from toys import SMOKE
+
+
+def bare_environment(folder: Path) -> Path:
+    """The python of a new environment that borrows the packages installed here, but not heterosync.
+
+    An editable installation is a line in a .pth file, and Python reads such files only in the environment's own folder.
+    """
+    venv.create(folder, with_pip=False)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    borrowed = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
+    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    return folder / "bin" / "python"
 
 
 def fake_context(folder: Path, identity: str = "site-a", **props: Any) -> FLContext:

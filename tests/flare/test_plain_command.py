@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import heterosync
+from flare_toys import bare_environment
 from heterosync.cli import main
 from heterosync.federation.modelfile import load_model
 from heterosync.flare import messages
@@ -27,9 +28,11 @@ LIMIT = 300.0
 pytestmark = [pytest.mark.flare, pytest.mark.slow]
 
 
-def plain(*words: object, cwd: Path, environment: dict[str, str]) -> tuple[int, str]:
-    """Run in a session of its own, whose processes (and those that left it) all end with it."""
-    command = [str(Path(sys.executable).with_name("nvflare")), *map(str, words)]
+def plain(
+    *words: object, cwd: Path, environment: dict[str, str], python: Path | str = sys.executable
+) -> tuple[int, str]:
+    """`nvflare WORDS`, in a session of its own, whose processes (and those that left it) all end with it."""
+    command = [str(python), "-m", "nvflare.cli", *map(str, words)]
     log = cwd / "output.txt"
     with log.open("w") as file:
         child = subprocess.Popen(
@@ -75,7 +78,8 @@ def test_the_plain_command_runs_an_exported_job(tmp_path: Path) -> None:
 
 
 def test_a_job_that_brings_the_package_needs_none_installed(tmp_path: Path) -> None:
-    """`--byoc`: no PYTHONPATH, no allow-list of ours; the version shows which copy of the package ran, and where."""
+    """`--byoc`: no installation, no allow-list of ours; the version shows which copy of the package ran, and where."""
+    python = bare_environment(tmp_path / "environment")
     toy_alliance(tmp_path / "data", 2)
     settings = [f"--set={name}={json.dumps(value)}" for name, value in SMOKE.items()]
     assert main(["job", "export", "hsl", "--out", str(tmp_path / "jobs"), "--byoc", *settings]) == 0
@@ -85,7 +89,7 @@ def test_a_job_that_brings_the_package_needs_none_installed(tmp_path: Path) -> N
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HETEROSYNC_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
     words = ("simulator", job, "-w", tmp_path / "ws", "-c", "site-a,site-b", "-t", 2)
-    code, output = plain(*words, cwd=tmp_path, environment=environment)
+    code, output = plain(*words, cwd=tmp_path, environment=environment, python=python)
     assert code == 0, output[-3000:]
     server = tmp_path / "ws" / "server" / "simulate_job"
     record = json.loads((server / "run.json").read_text())

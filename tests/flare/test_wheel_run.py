@@ -13,14 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
+from flare_toys import bare_environment
 from toys import SMOKE, toy_alliance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,13 +78,9 @@ def test_the_wheel_asks_for_everything_that_it_imports(wheel: Path) -> None:
 def test_the_wheel_runs_the_simulator_job_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    venv.create(environment, with_pip=False)
-    python = environment / "bin" / "python"
+    python = bare_environment(environment)
     done = run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (packages,) = (environment / "lib").glob("python*/site-packages")
-    borrowed = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
-    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
 
     where = run("-c", "import heterosync; print(heterosync.__file__)", cwd=elsewhere, program=python)
     assert Path(where.stdout.strip()).is_relative_to(environment), where.stderr

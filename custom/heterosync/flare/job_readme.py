@@ -31,6 +31,7 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     code, package = "Configuration only: no Python travels with this job.", "the installed package `heterosync`"
     if byoc:
         code = "This job brings Python code along: the package `heterosync`, in `app/custom`. Sites must allow that."
+        code += "\nWhere heterosync is installed too, FLARE takes the installed one: run.json names the version."
         package = "that package"
     own = (
         "\nA site's own best model is `trainings/<job id>/own_best.pt` beside it; `heterosync predict` reads it."
