@@ -20,7 +20,8 @@ from benchmarks.table import Measurement
 def run(quick: bool = False) -> list[Measurement]:
     from heterosync.data.synthetic import make_alliance
     from heterosync.federation.runner import run_inprocess
-    from heterosync.flare.job import JobOptions, build_job
+    from heterosync.flare.job import build_job
+    from heterosync.flare.job_options import JobOptions
     from heterosync.flare.simulator import simulate
 
     training: dict[str, Any] = {"image_size": 64, "weights": "none", "rounds": 4, "local_epochs": 5, "batch_size": 32}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +72,21 @@ def _published(
     return best
 
 
+class _Counted:
+    """Batches as they come, and how many images they held."""
+
+    def __init__(self, batches: Iterable):
+        self._batches, self.items = batches, 0
+
+    def __iter__(self) -> Iterator:
+        for batch in self._batches:
+            self.items += len(batch.images)
+            yield batch
+
+
 def _ours(folder: Path, size: int, batch: int, device: str, repeats: int) -> tuple[float, str]:
     from heterosync.data.dataset import load_site
     from heterosync.methods import make_method
-    from heterosync.training.batches import plan_epoch
-    from heterosync.training.feed import Feed
     from heterosync.training.precision import choose_precision
     from heterosync.training.settings import TrainingSettings
     from heterosync.training.steps import Steps, make_optimizer
@@ -87,15 +98,15 @@ def _ours(folder: Path, size: int, batch: int, device: str, repeats: int) -> tup
     precision, _ = choose_precision(method, device)
     place = torch.device(device)
     model = method.build_model().to(place, memory_format=torch.channels_last)
-    primary, anchor = Feed(data.primary, place), Feed(data.anchor, place)
-    steps = Steps(method, model, "benchmark", primary, anchor, place, precision)
+    examples = method.task.open(method, data, "benchmark", place, precision)
+    steps = Steps(method, model, "benchmark", place, precision)
     optimizer = make_optimizer(model, settings)
-    labels, best = data.primary.labels, float("inf")
+    best = float("inf")
     for epoch in range(repeats):
         start = time.perf_counter()
-        plan = plan_epoch(labels, len(anchor), settings, "benchmark", 0, epoch)
-        steps.run(plan, optimizer, 0, epoch)
-        best = min(best, (time.perf_counter() - start) / len(plan))
+        batches = _Counted(examples.batches(0, epoch))
+        steps.run(batches, optimizer, 0, epoch)
+        best = min(best, (time.perf_counter() - start) / batches.items)
     return best, precision
 
 

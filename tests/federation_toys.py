@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.kit import Kit, seal
 from heterosync.flare.poc import free_port
 from heterosync.flare.processes import MARK, end_marked, marked, package_environment

@@ -17,6 +17,7 @@ from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.model import make_model_learnable
@@ -55,6 +56,12 @@ def fake_context(folder: Path, identity: str = "site-a", **props: Any) -> FLCont
     for name, value in props.items():
         context.set_prop(name, value, private=True, sticky=False)
     return context
+
+
+def submitted_by(name: str, role: str = "lead") -> dict[str, Any]:
+    """The property of a context that says who submitted the job, as FLARE keeps it."""
+    keys = (JobMetaKey.SUBMITTER_NAME, JobMetaKey.SUBMITTER_ORG, JobMetaKey.SUBMITTER_ROLE)
+    return {FLContextKey.JOB_META: dict(zip([key.value for key in keys], (name, "org", role), strict=True))}
 
 
 def toy_state(value: float = 0.0) -> dict[str, torch.Tensor]:

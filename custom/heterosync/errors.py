@@ -47,6 +47,11 @@ class TrainerHung(TrainerDied):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A tail for an error line: the nearest known name, and all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    close = closest(word, known)
+    hint = f"did you mean '{close}'? " if close else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` may be a misspelling of."""
+    return next(iter(difflib.get_close_matches(word, sorted(known), n=1)), None)

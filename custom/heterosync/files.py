@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from heterosync.errors import UserError
 
@@ -105,6 +105,11 @@ def link_file(source: Path | str, path: Path | str) -> Path:
     return write_with(path, link)
 
 
+def copy_file(source: Path | str, path: Path | str) -> Path:
+    """`link_file` for what is appended to: what is in it now."""
+    return write_with(path, lambda temporary: shutil.copyfile(source, temporary))
+
+
 def write_json(path: Path | str, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -121,10 +126,14 @@ def read_json(path: Path | str) -> Any:
 
 
 @contextmanager
-def new_folder(path: Path | str) -> Iterator[Path]:
-    """Fill a temporary folder, then put it at `path` in one step. Raises `UserError` when `path` is there already."""
+def new_folder(path: Path | str, replace: bool = False) -> Iterator[Path]:
+    """Fill a temporary folder, then put it at `path`, in one step where nothing is there yet.
+
+    replace: a folder that is there goes, as a whole, once the new one is full. Without it, raises `UserError` when
+    something is there.
+    """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not (replace and path.is_dir()):
         raise UserError(f"{path} exists already and is not empty: choose another folder or remove it")
     make_folder(path.parent)
     with explained(path):
@@ -132,7 +141,13 @@ def new_folder(path: Path | str) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o755)
-            os.replace(temporary, path)
+            if replace and path.is_dir():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -152,3 +167,32 @@ def own_folder(path: Path | str, mark: str, command: str) -> Path:
     make_folder(path)
     write_text(path / mark, f"Written by `{command}`, which may replace this folder.\n")
     return path
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Whether the lock on `file` is ours now; it ends with the process. True where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks
+        return True
+    return True
+
+
+@contextmanager
+def held(path: Path | str, busy: str) -> Iterator[None]:
+    """Hold the lock file `path`, until this process ends at the latest.
+
+    Raises `UserError` with the line `busy` when another holder has it.
+    """
+    with explained(path):
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    with os.fdopen(handle) as file:
+        if not try_lock(file):
+            raise UserError(busy)
+        yield

@@ -21,7 +21,8 @@ class Case:
 
 CASES = {
     "no command": Case("", "COMMAND", code=2),
-    "unknown command": Case("reprot", "invalid choice", code=2),
+    "unknown command": Case("reprot", "invalid choice", "did you mean 'report'?", code=2),
+    "unknown sub-command": Case("study statsu", "did you mean 'status'?", code=2),
     "job of unknown method": Case("job describe hls", "no method 'hls'", "did you mean 'hsl'"),
     "export of nothing": Case("job export --out {tmp}/out", "METHOD or give --all"),
     "export of one and all": Case("job export hsl --all --out {tmp}/out", "METHOD or give --all"),
@@ -52,6 +53,9 @@ CASES = {
     "simulate a site that is absent": Case("simulate {job} --data {data} --sites site-a,site-q {ws}", "site-q"),
     "simulate with too many threads": Case(
         "simulate {job} --data {data} --sites site-a --threads 3 {ws}", "threads is 3"
+    ),
+    "simulate sites that meet, with too few threads": Case(
+        "simulate jobs/splitavg --data {data} --sites site-a,site-b --threads 1 {ws}", "threads is 1", "one for each of its 2 sites"
     ),
     "simulate into a folder of others": Case("simulate {job} --data {data} --workspace {tmp}/thesis", "a new folder"),
     "demo into a folder of other files": Case("demo --out {tmp}/thesis", "not from `heterosync demo`"),

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from heterosync.errors import UserError
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
 from heterosync.flare.job_folder import read_learning
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import simulate
 from toys import SMOKE, toy_alliance
 

@@ -9,7 +9,7 @@ import inspect
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,13 +48,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line(text)
     if "DRILL_RECORD" in os.environ:
         Path(os.environ["DRILL_RECORD"]).write_text(text, encoding="utf-8")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture

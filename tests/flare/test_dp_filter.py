@@ -18,7 +18,8 @@ from heterosync.federation.runner import run_inprocess
 from heterosync.flare import messages
 from heterosync.flare.dp_filter import NoisyUpdateFilter
 from heterosync.flare.filters import OutboundFilter
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import simulate
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings

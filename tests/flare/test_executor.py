@@ -12,11 +12,12 @@ from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from flare_toys import fake_context
 from heterosync.errors import TrainerDied, TrainerHung
 from heterosync.federation.initial import initial_state
-from heterosync.flare import messages
+from heterosync.flare import bounds, messages
 from heterosync.flare.executor import DATA_ROOT, HeteroSyncExecutor
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
@@ -77,6 +78,45 @@ def test_failures_name_a_reason_and_nothing_else(
     assert set(reply["__headers__"]) == {"__rc__", messages.REASON} and set(reply) == {"__headers__"}
     assert logged in caplog.text and messages.PROBLEM in caplog.text
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]  # FLARE would stream these to the server
+
+
+@pytest.mark.parametrize(("job_id", "answered"), [("job-1", False), (SimulatorConstants.JOB_NAME, True)])
+def test_a_job_names_no_path_at_a_site_but_in_the_simulator(
+    tmp_path: Path, site: Path, caplog, job_id: str, answered: bool
+) -> None:
+    (tmp_path / "start.pth").write_bytes(b"")  # all tensors come from the server: the file is not even read
+    training = {**SMOKE, "weights": str(tmp_path / "start.pth"), "backbone": "resnet18"}
+    context = fake_context(tmp_path / "run", **{FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(site)}})
+    context.set_prop(FLContextKey.CURRENT_RUN, job_id, private=False, sticky=False)
+    executor = HeteroSyncExecutor("hsl", {}, training, in_process=True)
+    reply = ask(executor, context, "check_in", messages.scalars_message({}))
+    assert (messages.failure_of(reply) is None) == answered
+    assert ("a job may not name a path: give the name of a file" in caplog.text) != answered
+
+
+def test_a_site_is_asked_about_models_as_often_as_its_rounds_allow(tmp_path: Path, site: Path, caplog) -> None:
+    class Scores(Dying):
+        def validate(self, *question) -> dict:
+            self.calls += 1
+            return {"auc": 0.5}
+
+    trainer, limit = Scores(0), bounds.PER_ROUND * SMOKE["rounds"] + bounds.BESIDE
+    replies = []
+    for number in range(limit + 2):  # job after job of one training, a process each
+        executor = HeteroSyncExecutor("hsl", {}, SMOKE, in_process=True, training_id="job-1")
+        executor._trainer = trainer
+        context = fake_context(tmp_path / f"run-{number}")
+        message = messages.tensors_message({"w": torch.zeros(1)})
+        replies.append(ask(executor, context, "validate", message, 1, **{messages.SPLIT: "test"}))
+    failures = [messages.failure_of(reply) for reply in replies]
+    assert failures == [None] * limit + [messages.REASONS["limit"]] * 2 and trainer.calls == limit == 16
+    assert (
+        "training 'job-1' has asked 16 times to train or score a model, which is all that its 2 rounds" in caplog.text
+    )
+    executor = HeteroSyncExecutor("hsl", {}, {**SMOKE, "rounds": 3}, in_process=True, training_id="job-1")
+    executor._trainer = trainer  # the same training, longer
+    message.set_header(messages.SPLIT, "test")
+    assert messages.failure_of(ask(executor, context, "validate", message, 1)) is None
 
 
 class Dying:

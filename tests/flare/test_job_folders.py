@@ -8,17 +8,17 @@ import re
 from pathlib import Path
 
 import pytest
-from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.fuel.utils.zip_utils import zip_directory_to_bytes
 from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
 
 from heterosync.cli import main
 from heterosync.errors import UserError
 from heterosync.flare import allowlist
-from heterosync.flare.job import JobOptions, all_jobs, build_job, job_name
+from heterosync.flare.job import all_jobs, build_job, job_name
 from heterosync.flare.job_folder import read_learning
+from heterosync.flare.job_options import JobOptions
 from heterosync.methods import method_names
-from toys import SMOKE
+from segment_toys import smoke
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,9 +51,8 @@ def test_jobs_hold_configuration_only_and_name_exact_classes() -> None:
         for side in ("client", "server"):
             text = (folder / "app" / "config" / f"config_fed_{side}.json").read_text()
             named |= set(re.findall(r'"path": "([^"]+)"', text))
-        assert named <= allowed
-        every |= {name for name in named if name.startswith("heterosync")}
-    assert every | {allowlist.DP_FILTER} == set(allowlist.OUR_CLASSES)  # that one is in jobs with `dp_clip` only
+        every |= named
+    assert every | {allowlist.DP_FILTER} == allowed  # that one is in jobs with `dp_clip` only
 
 
 def test_flare_accepts_the_jobs(tmp_path: Path) -> None:
@@ -65,16 +64,17 @@ def test_flare_accepts_the_jobs(tmp_path: Path) -> None:
 
 
 def test_every_allowed_class_exists() -> None:
-    for path in allowlist.OUR_CLASSES:
+    for path in allowlist.class_allow_list():
         module, name = path.rsplit(".", 1)
         assert isinstance(getattr(importlib.import_module(module), name), type)
 
 
-def test_simulator_resources_are_flares_defaults_and_ours() -> None:
+def test_a_job_may_name_what_our_jobs_name_and_nothing_else() -> None:
     committed = json.loads((ROOT / "poc" / "simulator" / "local" / "resources.json").read_text())
     assert committed == allowlist.simulator_resources()
-    assert committed["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, *allowlist.OUR_CLASSES]
-    assert not any(entry.endswith(".") for entry in committed["class_allow_list"])
+    of_flare = [entry for entry in committed["class_allow_list"] if not entry.startswith("heterosync.flare.")]
+    assert of_flare == [allowlist.SHAREABLE_GENERATOR, allowlist.SWARM_CLIENT]
+    assert not any(entry.endswith((".", "*")) for entry in committed["class_allow_list"])
 
 
 def test_the_readme_says_what_a_reviewer_asks(tmp_path: Path) -> None:
@@ -119,10 +119,12 @@ def test_the_command_writes_the_variants_under_names_of_their_own(tmp_path: Path
 
 
 #: Methods that a variant is not for, and why.
-ALONE = {"local": "keeps its weights at the sites", "central": "is no federation"}
+ALONE = dict.fromkeys(("local", "prostate_private"), "keeps its weights at the sites") | {"central": "is no federation"}
 NO_SWARM = dict.fromkeys(("fedbn", "ditto"), "makes a model for each site")
-NO_SWARM |= dict.fromkeys(("fedopt", "fedadam", "scaffold", "personalized"), "needs a server that does more")
-NO_NOISE = dict.fromkeys(("scaffold", "personalized"), "sends more than an update of what a site received")
+NO_SWARM |= dict.fromkeys(
+    ("fedopt", "fedadam", "scaffold", "personalized", "splitavg"), "needs a server that does more"
+)
+NO_NOISE = dict.fromkeys(("scaffold", "personalized", "splitavg"), "sends more than an update of what a site received")
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -130,7 +132,7 @@ NO_NOISE = dict.fromkeys(("scaffold", "personalized"), "sends more than an updat
     ("option", "refused"), [({"topology": "swarm"}, {**ALONE, **NO_SWARM}), ({"dp_clip": 1.0}, {**ALONE, **NO_NOISE})]
 )
 def test_a_variant_is_written_or_refused_in_one_line(tmp_path: Path, name: str, option: dict, refused: dict) -> None:
-    options = JobOptions(training=SMOKE, **option)
+    options = JobOptions(training=smoke(name), **option)
     if name not in refused:
         assert read_learning(build_job(name, tmp_path / "job", options))["method"] == name
         return

@@ -78,6 +78,21 @@ def test_every_participant_has_a_sealed_kit_that_flare_accepts_too(kits: Path, t
     assert run([*check, "-f", str(startup), "-c", str(startup / "rootCA.pem")], tmp_path)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "book", "words"),
+    [
+        ("site-a", "docs/hospital.md", "data_root in local/privacy.json"),
+        ("localhost", "docs/alliance-lead.md", "startup/start.sh"),
+        ("lead@clinic-a.org", "docs/alliance-lead.md", "fl_admin.sh"),
+    ],
+)
+def test_the_readme_names_the_first_steps_and_is_sealed(kits: Path, name: str, book: str, words: str) -> None:
+    text = (kits / name / "startup" / "readme.txt").read_text()
+    assert "heterosync kit verify" in text and book in text and words in text and name in text
+    assert "Edit nothing in startup/" in text and "modify" not in text
+    assert (Path(__file__).parents[2] / book).exists() and "readme.txt" in kit.verify(kits / name)["files"]
+
+
 def test_the_hospital_edits_local_freely(kits: Path, tmp_path: Path) -> None:
     mine = copy_kit(kits / "site-a", tmp_path)
     edit(mine / "local" / "privacy.json")
@@ -92,6 +107,17 @@ def test_several_changes_are_named_at_once(kits: Path, tmp_path: Path) -> None:
     with pytest.raises(ProblemList) as caught:
         kit.verify(broken)
     assert len(caught.value.problems) == 2
+
+
+def test_a_removed_seal_hides_no_other_change(kits: Path, tmp_path: Path) -> None:
+    broken = copy_kit(kits / "site-a", tmp_path)
+    edit(broken / "startup" / "start.sh")
+    (broken / "startup" / "extra.json").write_text("{}")
+    (broken / "startup" / "signature.json").unlink()
+    with pytest.raises(ProblemList) as caught:
+        kit.verify(broken)
+    told = [problem.split(": ", 1)[1] for problem in caught.value.problems]
+    assert told == ["missing: signature.json, the seal of the kit", "added: extra.json", "edited: start.sh"]
 
 
 def test_another_alliance_cannot_replace_the_seal_unnoticed(kits: Path, tmp_path: Path) -> None:

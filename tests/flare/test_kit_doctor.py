@@ -174,11 +174,59 @@ def test_a_policy_of_the_hospitals_own(kits: Path, tmp_path: Path) -> None:
     content["scopes"][0]["task_result_filters"][0]["args"]["withhold"] = ["n_positive"]
     file.write_text(json.dumps(content))
     assert [f.state for f in found(mine, "policy")] == [NOTE]
+    scope = content["scopes"][0]["task_result_filters"][0]
+    for args, words in (
+        ({"withold": ["n_positive"]}, "'withold' is no key of this filter: did you mean 'withhold'"),
+        ({"methods": ["hls"]}, "method 'hls' is not known: did you mean 'hsl'"),
+    ):
+        file.write_text(json.dumps(content).replace(json.dumps(scope["args"]), json.dumps(args)))
+        wrong = [f for f in found(mine, "policy") if f.state == PROBLEM]
+        assert len(wrong) == 1 and words in wrong[0].found and "task_result_filters" in wrong[0].remedy
+    file.write_text(
+        json.dumps(content).replace(json.dumps(scope["path"]), json.dumps(scope["path"]) + ', "disabled": true')
+    )
+    assert [f.state for f in found(mine, "policy")] == [NOTE, PROBLEM]
     content["scopes"].append({"name": "open"})
     file.write_text(json.dumps(content))
     assert [f.state for f in found(mine, "policy")] == [NOTE, PROBLEM]
     file.unlink()
     assert PROBLEM in [f.state for f in found(mine, "policy")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('{\n "scopes": [,]}', "line 2 column 13"), ("[]", "is not built as"), ('{"scopes": [1]}', "is not built as")],
+)
+def test_a_slip_in_the_policy_is_one_problem_of_the_list(kits: Path, tmp_path: Path, capsys, text, words) -> None:
+    mine = copy_kit(kits / "site-a", tmp_path)
+    (mine / "local" / "privacy.json").write_text(text)
+    assert main(["doctor", "--kit", str(mine), "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    (policy,) = [check for check in checks if check["name"] == "policy"]
+    assert policy["state"] == PROBLEM and words in policy["found"] and "delete" not in str(checks)
+    assert policy["remedy"] == "Mend it, or restore it from privacy.json.default"
+    data = [check for check in checks if check["name"] == "data"]
+    assert [check["state"] for check in data] == [NOTE] and {"server", "gpu"} <= {check["name"] for check in checks}
+
+
+def test_a_wrong_site_folder_is_told_with_its_setting(kits: Path, tmp_path: Path, monkeypatch) -> None:
+    mine = copy_kit(kits / "site-a", tmp_path)
+    file, made = mine / "local" / "privacy.json", kit.Kit(mine)
+    content = json.loads(file.read_text())
+    (tmp_path / "empty").mkdir()
+    for value, words in (
+        ("data", "a relative path. Give an absolute path"),
+        (str(tmp_path / "gone"), "which is no folder here"),
+        (str(tmp_path / "empty"), "which has no site.yaml"),
+    ):
+        content["scopes"][0]["properties"]["data_root"] = value
+        file.write_text(json.dumps(content))
+        folder, (wrong,) = kit_doctor.site_folder(made)
+        assert folder is None and wrong.state == PROBLEM
+        assert f"data_root in local/privacy.json is {value}, {words}" in f"{wrong.found}. {wrong.remedy}"
+    content["scopes"][0]["properties"]["data_root"] = ""
+    file.write_text(json.dumps(content))
+    assert kit_doctor.site_folder(made, {"HETEROSYNC_DATA": "/data"}) == (None, [])
 
 
 def test_a_kit_without_its_files_is_examined_all_the_same(kits: Path, tmp_path: Path) -> None:
@@ -209,5 +257,7 @@ def test_command(
     assert checks["anchor site-a"]["found"].startswith("digest ") and "port" not in checks
     assert main(["doctor", "--kit", str(kits / "localhost"), "--json"]) == 0
     assert {"port"} <= {check["name"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    main(["doctor", "--kit", str(kits / "lead@clinic-a.org"), "--json"])
+    assert not {"allow-list", "data"} & {check["name"] for check in json.loads(capsys.readouterr().out)["checks"]}
     assert main(["doctor", "--kit", str(tmp_path / "nowhere")]) == 1
     assert "is no startup kit" in capsys.readouterr().err

@@ -17,19 +17,16 @@ import pytest
 from federation_toys import model_digest
 from heterosync.errors import UserError
 from heterosync.federation.runner import run_inprocess
-from heterosync.files import write_json
-from heterosync.flare.job import JobOptions, build_job
-from heterosync.flare.poc import COMMANDS, run_poc
+from heterosync.files import write_json, write_text
+from heterosync.flare import policy
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
+from heterosync.flare.poc import COMMANDS, SERVER, _Poc, _project, free_port, run_poc
 from heterosync.flare.processes import package_environment
 from heterosync.flare.simulator import simulate
 from toys import SMOKE, toy_alliance
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.poc]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def processes_of(out: Path) -> list[psutil.Process]:
@@ -64,9 +61,45 @@ def test_poc_gives_the_same_model_as_simulator_and_one_process(tmp_path):
         assert f"$ nvflare {command}" in text
         assert f"\nnvflare {command}" in (tmp_path / "poc" / COMMANDS).read_text()
     for folder in result.sites.values():
-        assert (folder / "results" / "predictions.csv").is_file() and (folder / "job" / "audit.jsonl").is_file()
+        kept = ("results/predictions.csv", "job/audit.jsonl", "job/audit_site.jsonl", "training/trainer.log")
+        assert [name for name in kept if not (folder / name).is_file()] == []
     assert not (tmp_path / "poc" / "poc").exists(), "the workspace is removed"
     assert (Path.home() / ".nvflare").exists() == before, "the user's own settings stay as they were"
+
+
+def test_the_policy_of_a_kit_lies_in_the_workspace_and_what_a_site_leaves_is_kept(tmp_path):
+    poc = _Poc(tmp_path / "poc", {"site-a": tmp_path / "data"}, lambda line: None)
+    poc.prepare()
+    for name, kind in ((SERVER, "server"), ("site-a", "client")):
+        local = poc.kit(name) / "local"
+        files = policy.local_files(kind, json.loads((local / "resources.json.default").read_text()))
+        if kind == "client":
+            files["privacy.json"]["scopes"][0]["properties"]["data_root"] = str(tmp_path / "data")
+        assert {file: json.loads((local / file).read_text()) for file in files} == files
+    run = "12345678-1234-1234-1234-123456789012"
+    left = {
+        "log.txt": "log.txt",
+        f"{run}/log.txt": "job/log.txt",
+        f"{run}/audit.jsonl": "job/audit.jsonl",
+        f"{run}/audit_site.jsonl": "job/audit_site.jsonl",
+        f"{run}/best_model.pt": "job/best_model.pt",  # in a swarm
+        f"{run}/heterosync/results/predictions.csv": "results/predictions.csv",
+        f"trainings/{run}/trainer.log": "training/trainer.log",
+        f"trainings/{run}/privacy.jsonl": "training/privacy.jsonl",
+        f"trainings/{run}/own_best.pt": "training/own_best.pt",
+    }
+    for name in (*left, f"{run}/meta.json", f"trainings/{run}/state.pt"):
+        write_text(poc.kit("site-a") / name, name)
+    folder = poc.collect_sites()["site-a"]
+    kept = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert kept == {place: name for name, place in left.items()}
+
+
+def test_a_job_that_brings_code_is_refused_before_anything_is_started(tmp_path):
+    job = build_job("hsl", tmp_path / "job", JobOptions(training=SMOKE), byoc=True)
+    with pytest.raises(UserError, match="export it without --byoc"):
+        run_poc(job, toy_alliance(tmp_path / "data", 1), tmp_path / "poc")
+    assert not (tmp_path / "poc").exists()
 
 
 def test_a_job_that_cannot_start_leaves_one_cause_and_no_process(tmp_path):
@@ -112,8 +145,6 @@ def test_interrupted_in_the_middle_it_leaves_no_process(tmp_path, number, code):
 
 def test_the_server_of_a_poc_listens_on_loopback_only_and_two_pocs_do_not_collide(tmp_path):
     """`free_port` and the name of the server; checked on the project file, without a start."""
-    from heterosync.flare.poc import SERVER, _project, free_port
-
     ports = {free_port() for _ in range(5)}
     assert len(ports) > 1
     server = next(entry for entry in _project(["site-a"], 1234)["participants"] if entry["type"] == "server")

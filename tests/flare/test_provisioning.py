@@ -95,6 +95,15 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
 
 
+def test_mistakes_of_the_arguments_are_told_with_those_of_the_table(tmp_path: Path) -> None:
+    with pytest.raises(ProblemList) as caught:
+        make_project(
+            "my alliance", Server("fl.example.org"), "boss", write_sites(tmp_path, "site,org,admin\n,a,x@a.org\n")
+        )
+    told = caught.value.problems
+    assert len(told) == 3 and "--name" in told[0] and "--admin" in told[1] and "row 2: site" in told[2]
+
+
 @pytest.mark.parametrize(
     ("name", "host", "admin", "words"),
     [
@@ -264,3 +273,22 @@ def test_another_server_for_the_same_alliance(tmp_path: Path) -> None:
     project = with_server(toy_project(tmp_path), Server("fl.example.org", 443))
     servers = [entry for entry in project["participants"] if entry["type"] == "server"]
     assert [server["name"] for server in servers] == ["fl.example.org"] and len(project["participants"]) == 8
+
+
+def test_a_hospital_that_joins_later_gets_the_server_that_provisioning_was_told(tmp_path: Path) -> None:
+    file, kits = tmp_path / "project.yml", tmp_path / "kits"
+    file.write_text(project_text(toy_project(tmp_path)))
+    words = ["--out", str(kits), "--server", "fl.example.org", "--also", "fl", "--port", "8100"]
+    assert main(["alliance", "provision", str(file), *words]) == 0
+    new = write_sites(tmp_path / "new", "site,org,admin\nsite-c,clinic_c,admin@clinic-c.org\n")
+    assert main(["alliance", "add", str(file), str(new), "--out", str(kits)]) == 0
+    called = [read(p)["servers"][0]["service"]["target"] for p in kits.glob("*/prod_*/site-*/startup/fed_client.json")]
+    assert called == ["fl.example.org:8100"] * 3
+
+
+def test_further_names_of_a_loopback_server_get_into_its_certificate(tmp_path: Path) -> None:
+    file, kits = tmp_path / "project.yml", tmp_path / "kits"
+    file.write_text(project_text(toy_project(tmp_path)))
+    assert main(["alliance", "provision", str(file), "--out", str(kits), "--loopback", "--also", "fl"]) == 0
+    certificate = load_crt(next(kits.glob("*/prod_00/localhost/startup/server.crt")))
+    assert DNSName("fl") in certificate.extensions.get_extension_for_class(SubjectAlternativeName).value

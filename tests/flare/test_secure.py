@@ -28,30 +28,15 @@ from federation_toys import (
 )
 from heterosync.errors import UserError
 from heterosync.files import write_json
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
+from heterosync.flare.segments import segment_job
 from heterosync.flare.session import COMPLETED
-from toys import SMOKE, toy_alliance
+from toys import SMOKE
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.secure]
 
 ALL, TWO = ["site-a", "site-b", "site-c"], ["site-a", "site-b"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("secure")
-
-
-@pytest.fixture(scope="module")
-def data(root: Path) -> dict[str, Path]:
-    return toy_alliance(root / "data", 3)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +171,10 @@ def test_custom_code_that_the_server_lets_pass_stops_at_the_sites(everybody, roo
 
 
 def test_a_job_that_asks_for_more_gets_no_answer(everybody, root):
-    """A job that lets another executor, one on FLARE's own list, answer the training, and brings no filter."""
+    """A job that lets another executor, one on FLARE's own list, answer the training, and brings no filter.
+
+    The sites do not build it; where the hospitals have widened their list to FLARE's, their filter blocks every answer.
+    """
     job = job_of(root, "greedy")
     path = job / "app" / "config" / "config_fed_client.json"
     config = json.loads(path.read_text())
@@ -195,6 +183,15 @@ def test_a_job_that_asks_for_more_gets_no_answer(everybody, root):
     config["executors"].append({"tasks": ["train", "validate"], "executor": other})
     config["task_result_filters"] = []
     write_json(path, config)
+    done = everybody.run(job)
+    assert done.end.status != COMPLETED
+    for site in ALL:
+        log = everybody.run_folder(site, done.end.job_id) / "log.txt"
+        assert "np_trainer.NPTrainer' at config path" in log.read_text() and "not in allow_list" in log.read_text()
+    for site in ALL:
+        path = everybody.alliance.kits[site] / "local" / "resources.json"
+        content = json.loads(path.read_text())
+        write_json(path, {**content, "class_allow_list": [*content["class_allow_list"], other["path"]]})
     done = everybody.run(job)
     assert done.end.status != COMPLETED and "outbound filter blocked" in done.end.cause
     for site in ALL:
@@ -216,3 +213,37 @@ def test_a_job_without_our_filter_still_passes_the_sites_own(everybody, root, da
         folder = everybody.run_folder(site, done.end.job_id)
         assert not (folder / "audit.jsonl").exists()
         assert len((folder / "audit_site.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_training_is_nobody_elses(everybody, root):
+    """Server and sites know from FLARE who submitted a job."""
+    job = job_of(root, "begun")
+    begun = everybody.run(segment_job(job, root / "jobs" / "begun-1", segment_rounds=1), user="lead@site-a.org")
+    assert begun.end.status == COMPLETED
+    id_ = begun.end.job_id
+    for name in (*ALL, SERVER):
+        owner = everybody.alliance.kits[name] / "trainings" / id_ / "owner.json"
+        assert json.loads(owner.read_text()) == {"name": "lead@site-a.org", "org": "sitea"}
+    session = everybody.session("lead@site-b.org")
+    end = session.follow(session.submit(segment_job(job, root / "jobs" / "begun-2", id_)), timeout=120)
+    assert end.status != COMPLETED and end.cause.startswith(f"training '{id_}' was begun by another user")
+    assert not any((everybody.alliance.kits[site] / "trainings" / end.job_id).exists() for site in ALL)
+
+
+def test_a_hospital_that_demands_noise_noises_itself(everybody, root):
+    """The job clips so that nothing is clipped; one hospital wants more, and the server gets no other weights of it."""
+    path = everybody.alliance.kits["site-b"] / "local" / "privacy.json"
+    kept = path.read_text()
+    policy = json.loads(kept)
+    policy["scopes"][0]["task_result_filters"][0]["args"] |= {"max_clip": 0.25, "min_noise": 0.01}
+    try:
+        write_json(path, policy)
+        done = everybody.run(job_of(root, "weak", dp_clip=1e9))
+    finally:
+        path.write_text(kept)
+    assert done.end.status == COMPLETED
+    for site in ALL:
+        record = everybody.alliance.kits[site] / "trainings" / done.end.job_id / "privacy.jsonl"
+        releases = [json.loads(line) for line in record.read_text().splitlines()]
+        assert [release["round"] for release in releases] == [0, 1] and min(r["norm"] for r in releases) > 0.25
+        assert {(r["clip"], r["noise"]) for r in releases} == {(0.25, 0.01) if site == "site-b" else (1e9, 0.0)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import pytest
 from federation_toys import SERVER, federation, model_digest
 from heterosync.federation.runner import run_inprocess
 from heterosync.flare.chain import LOST, STATE, Chain
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.session import COMPLETED
 from toys import SMOKE, toy_alliance
 
@@ -19,13 +19,6 @@ pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.secure]
 
 TRAINING = {**SMOKE, "rounds": 4, "local_epochs": 25, "patience": 25}
 TWO = ["site-a", "site-b"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 def test_a_chain_outlives_its_server(tmp_path: Path) -> None:

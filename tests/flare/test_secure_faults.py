@@ -23,30 +23,13 @@ from federation_toys import (
 )
 from heterosync.flare.processes import package_environment
 from heterosync.flare.session import COMPLETED
-from toys import SMOKE, toy_alliance
+from toys import SMOKE
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.secure]
 
 ALL, TWO = ["site-a", "site-b", "site-c"], ["site-a", "site-b"]
 LONG = {**SMOKE, "local_epochs": 25, "patience": 25}  # rounds long enough for a fault in the middle
 FAULTY = Path(__file__).parents[1] / "faulty_site"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def data(root: Path) -> dict[str, Path]:
-    return toy_alliance(root / "data", 3)
 
 
 @pytest.fixture(scope="module")

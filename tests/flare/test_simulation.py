@@ -15,7 +15,8 @@ import torch
 
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import SimulationFailed, SimulationResult, simulate
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
@@ -39,13 +40,6 @@ class Run:
 
     def record(self, name: str) -> dict:
         return json.loads((self.result.results / name).read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from heterosync.flare import simulator, simulator_process
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import SimulationFailed, simulate
 from heterosync.flare.simulator_process import Output
 from toys import toy_alliance

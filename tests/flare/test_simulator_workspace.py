@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from heterosync.flare import simulator_process
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import SimulationFailed, simulate
 from toys import toy_alliance
 

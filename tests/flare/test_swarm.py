@@ -11,7 +11,8 @@ import torch
 
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import SimulationFailed, SimulationResult, simulate
 from toys import SMOKE, toy_alliance, toy_site
 
@@ -23,9 +24,7 @@ LIMIT = 300.0
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield toy_alliance(tmp_path_factory.mktemp("swarm") / "data", 3)
+    return toy_alliance(tmp_path_factory.mktemp("swarm") / "data", 3)
 
 
 @pytest.fixture(scope="module")

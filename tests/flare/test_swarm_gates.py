@@ -19,8 +19,9 @@ from nvflare.app_common.ccwf.common import Constant
 from flare_toys import answer, fake_context, toy_state
 from heterosync.errors import HeteroSyncError, UserError
 from heterosync.flare import messages
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
 from heterosync.flare.job_folder import is_swarm
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import simulate
 from heterosync.flare.swarm_site import PeerGate, ServerGate, SwarmAggregator
 from heterosync.methods import make_method
@@ -155,5 +156,5 @@ def test_a_swarm_is_not_simulated_with_fewer_threads_than_sites(tmp_path: Path) 
     toy_alliance(tmp_path / "data", 2)
     job = build_job("hsl", tmp_path / "job", JobOptions(topology="swarm"))
     assert is_swarm(job) and not is_swarm(tmp_path) and not is_swarm(build_job("hsl", tmp_path / "star"))
-    with pytest.raises(UserError, match="a swarm needs a thread for every site"):
+    with pytest.raises(UserError, match="this job needs one for each of its 2 sites"):
         simulate(job, tmp_path / "ws", ["site-a", "site-b"], tmp_path / "data", threads=1)

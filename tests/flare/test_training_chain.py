@@ -15,7 +15,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 
-from flare_toys import FakeFederation, fake_context, plain_site
+from flare_toys import FakeFederation, fake_context, plain_site, submitted_by
 from heterosync.cli import main
 from heterosync.errors import UserError
 from heterosync.federation.initial import initial_state
@@ -26,10 +26,11 @@ from heterosync.flare import messages
 from heterosync.flare.chain import LOST, STATE, Chain
 from heterosync.flare.controller import GONE
 from heterosync.flare.executor import DATA_ROOT, HeteroSyncExecutor
-from heterosync.flare.job import JobOptions, build_job
+from heterosync.flare.job import build_job
 from heterosync.flare.job_folder import read_learning
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.segments import segment_job, training_id_of
-from heterosync.flare.session import COMPLETED, JobEnd
+from heterosync.flare.session import COMPLETED, JobEnd, Unreachable
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 from toys import SMOKE, toy_site
@@ -50,9 +51,16 @@ def scripted(name: str, task: str, round_: int, message: Shareable) -> Shareable
 
 
 def play(
-    folder: Path, job_id: str = "job-1", site: Callable = scripted, sites: list[str] = SITES, **args
+    folder: Path,
+    job_id: str = "job-1",
+    site: Callable = scripted,
+    sites: list[str] = SITES,
+    submitter: dict | None = None,
+    **args,
 ) -> FakeFederation:
     run = FakeFederation(folder, sites, site, **args)
+    for name, value in (submitter or {}).items():
+        run.context.set_prop(name, value, private=True, sticky=False)
     run.context.set_prop(FLContextKey.CURRENT_RUN, job_id, private=False, sticky=False)
     return run.play()
 
@@ -159,7 +167,7 @@ def test_the_best_model_of_an_earlier_segment_stays_the_best(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "args", "reason"),
     [
-        (None, {"training_id": "job-7"}, r"training 'job-7' is not stored at the server \(it has job-1\)"),
+        (None, {"training_id": "job-7"}, "^training 'job-7' is not stored at the server: check the id$"),
         (None, {"training_id": "../job-1"}, "training_id is no id"),
         (None, {"training": {"lr": 0.01}}, "training 'job-1' holds a run with another training 'lr'"),
         (None, {"method_settings": {"temperature": 9.0}}, "another method settings 'temperature'"),
@@ -181,6 +189,23 @@ def test_what_cannot_be_resumed_stops_before_any_site_is_asked(
     run = play(tmp_path / "two", "job-2", **args)
     assert len(run.reasons) == 1 and "\n" not in run.reasons[0] and run.asked == []
     assert re.search(reason, run.reasons[0])
+
+
+def test_only_who_began_a_training_goes_on_with_it_and_the_project_admin(tmp_path: Path) -> None:
+    four = {"training": {"rounds": 4}, "segment_rounds": 1}
+    play(tmp_path / "one", submitter=submitted_by("lead@a.org"), **four)
+    stolen = play(tmp_path / "two", "job-2", submitter=submitted_by("lead@b.org"), training_id="job-1", **four)
+    assert len(stolen.reasons) == 1 and stolen.asked == []
+    assert stolen.reasons[0].startswith("training 'job-1' was begun by another user: only they or a project admin")
+    assert not (tmp_path / "two" / "last_model.pt").exists()
+    for job, submitter in (("job-3", submitted_by("chief@x", "project_admin")), ("job-4", submitted_by("lead@a.org"))):
+        run = play(tmp_path / job, job, submitter=submitter, training_id="job-1", **four)
+        assert run.reasons == [] and "train" in [task for task, _ in run.asked]
+
+
+def test_the_server_reads_no_file_by_its_path_in_a_job(tmp_path: Path) -> None:
+    run = play(tmp_path / "one", training={"weights": "/etc/passwd", "backbone": "resnet18"})
+    assert run.asked == [] and "'weights' is '/etc/passwd': a job may not name a path" in run.reasons[0]
 
 
 def test_a_segment_keeps_to_the_labels_and_anchors_of_the_first(tmp_path: Path) -> None:
@@ -246,7 +271,7 @@ def test_a_site_finds_its_state_by_the_training(tmp_path: Path) -> None:
 
     def train(job: str, round_: int, **args) -> tuple[dict, Shareable]:
         props = {FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(site)}}
-        context = fake_context(tmp_path / job, **props)
+        context = fake_context(tmp_path / job, **props, **submitted_by(args.pop("lead", "lead@a.org")))
         context.set_prop(FLContextKey.CURRENT_RUN, job, private=False, sticky=False)
         executor = HeteroSyncExecutor("hsl", {}, {**SMOKE, **args.pop("training", {})}, in_process=True, **args)
         message = messages.tensors_message(state)
@@ -261,7 +286,8 @@ def test_a_site_finds_its_state_by_the_training(tmp_path: Path) -> None:
     assert torch.load(kept / "state.pt", weights_only=True)["round"] == 1
     assert not (tmp_path / "trainings" / "job-2").exists()
     # a job of another training cannot take over this one's state, nor look elsewhere
-    for args in ({"training_id": "job-1", "training": {"lr": 0.5}}, {"training_id": "../../data"}):
+    other_lead = {"training_id": "job-1", "lead": "lead@b.org"}
+    for args in ({"training_id": "job-1", "training": {"lr": 0.5}}, {"training_id": "../../data"}, other_lead):
         assert messages.failure_of(train("job-3", 1, **args)[1]) == messages.REASONS["mend"]
 
 
@@ -320,7 +346,7 @@ class FakeEngine:
 
     "lost": the server is killed in the job's second round. "unstored": the same before the job begins. "broken": the
     job ends without a round. `kill`: "before" or "after" and the call at which our command is killed, after as many
-    calls of it as `spared` says.
+    calls of it as `spared` says. `offline`: call -> how often the server cannot be reached at it.
     """
 
     def __init__(self, root: Path, faults: dict[int, str] | None = None):
@@ -329,9 +355,13 @@ class FakeEngine:
         self.tokens: dict[str, str] = {}
         self.ends: dict[str, JobEnd] = {}
         self.kill, self.spared = "", 0
+        self.offline: dict[str, int] = {}
         self.connected = list(SITES)
 
     def _act(self, name: str, what: Callable) -> object:
+        if self.offline.get(name):
+            self.offline[name] -= 1
+            raise Unreachable("the server cannot be reached")
         before, after = f"before {name}" == self.kill, f"after {name}" == self.kill
         if (before or after) and self.spared:
             self.spared, before, after = self.spared - 1, False, False
@@ -399,7 +429,7 @@ class FakeEngine:
         return self._act("download", download)
 
     def sites(self) -> list[str]:
-        return self.connected
+        return self._act("sites", lambda: self.connected)
 
     def lost(self, job_id: str) -> bool:
         return self.ends[job_id].status == "RUNNING"
@@ -432,6 +462,18 @@ def test_a_chain_killed_at_any_act_goes_on(
     assert list(engine.jobs) == ["job-1", "job-2"]  # none was submitted twice
 
 
+@pytest.mark.parametrize("act", ["sites", "submit", "follow", "download"])
+def test_a_server_out_of_reach_is_waited_for_and_costs_the_training_nothing(
+    tmp_path: Path, job: Path, straight: Path, act: str
+) -> None:
+    engine, lines = FakeEngine(tmp_path / "server"), []
+    engine.offline = {act: 2}
+    assert_same(chain_of(tmp_path, job, lines).run(engine), straight)
+    segments = json.loads((tmp_path / "out" / STATE).read_text())["segments"]
+    assert [segment["status"] for segment in segments] == [COMPLETED] * 2 and len(engine.jobs) == 2
+    assert "waiting for the server: the server cannot be reached" in lines and "the server answers again" in lines
+
+
 def test_a_lost_server_is_explained_and_its_job_replaced(tmp_path: Path, job: Path, straight: Path) -> None:
     engine, lines = FakeEngine(tmp_path / "server", {2: "lost"}), []
     assert_same(chain_of(tmp_path, job, lines).run(engine), straight)
@@ -459,6 +501,40 @@ def test_segments_that_fail_stop_the_chain_and_it_can_be_started_again(
     assert len(engine.jobs) == 4
     assert_same(chain_of(tmp_path, job).run(engine), straight)
     assert len(engine.jobs) == 5
+
+
+def test_a_server_that_is_lost_again_and_again_is_no_failure_of_the_segments(
+    tmp_path: Path, job: Path, straight: Path
+) -> None:
+    engine = FakeEngine(tmp_path / "server", {1: "unstored", 4: "unstored", 5: "unstored", 6: "unstored"})
+    assert_same(
+        Chain(job, tmp_path / "out", 2, lambda line: None, attempts=1, wait=0.2, look=0.0).run(engine), straight
+    )
+
+
+def test_a_job_that_was_changed_since_is_not_taken_for_the_one_that_was_submitted(tmp_path: Path, job: Path) -> None:
+    engine = FakeEngine(tmp_path / "server")
+    engine.kill = "after submit"
+    with pytest.raises(Killed):
+        chain_of(tmp_path, job).run(engine)
+    build_job("hsl", job, JobOptions(training={**SMOKE, "rounds": 4}, min_clients=3))
+    chain_of(tmp_path, job).run(engine)
+    assert list(engine.jobs) == ["job-1", "job-2", "job-3"] and list(engine.ends) == ["job-2", "job-3"]
+
+
+def test_a_swarm_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    swarm = build_job("hsl", tmp_path / "swarm", JobOptions(training=SMOKE, topology="swarm"))
+    with pytest.raises(UserError, match="a swarm's server keeps no model to go on from: submit it as one job"):
+        chain_of(tmp_path, swarm)
+    assert not (tmp_path / "out").exists()
+
+
+def test_downloads_of_earlier_segments_are_not_kept_for_ever(tmp_path: Path, job: Path) -> None:
+    results = Chain(job, tmp_path / "out", 1, lambda line: None, wait=0.2, look=0.0).run(
+        FakeEngine(tmp_path / "server")
+    )
+    assert sorted(folder.name for folder in (tmp_path / "out" / "segments").iterdir()) == ["003", "004"]
+    assert load_model(results / "last_model.pt").round == 4
 
 
 def test_a_chain_keeps_to_its_training(tmp_path: Path, job: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from data_toys import picture, save_png, scaled
+from heterosync.data.grey import to_uint8
 from heterosync.data.packs import Pack, split_entry
-from heterosync.data.readers import ImageReader, read_image, to_size, to_uint8
+from heterosync.data.readers import ImageReader, read_image, to_size
 from heterosync.errors import UserError
 
 

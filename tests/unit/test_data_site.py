@@ -120,5 +120,7 @@ def test_site_folder_order(tmp_path: Path):
         find_site_folder("site-a", None, {})
     with pytest.raises(UserError, match="configured data folder does not exist"):
         find_site_folder("site-a", str(tmp_path / "gone"), environ)
+    with pytest.raises(UserError, match="give an absolute path"):
+        find_site_folder("site-a", "data", environ)
     with pytest.raises(UserError, match="not a site name"):
         find_site_folder("../site-a", None, environ)

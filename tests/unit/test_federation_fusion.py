@@ -214,3 +214,49 @@ def test_a_cut_off_tensor_file_is_noticed(tmp_path: Path) -> None:
         raw.truncate(5)
     with pytest.raises(HeteroSyncError, match="cut off"):
         file.read()
+
+
+# -- weights by a validation score -------------------------------------------------------------------------------------
+
+
+def weighed(scores: dict[str, float | None], values: dict[str, float]) -> Fusion:
+    fusion = Fusion({"w": torch.zeros(2), "n": torch.tensor(0)}, "metric", "hsl", None, "val_dice_best")
+    fusion.start(0)
+    for site, score in scores.items():
+        state = {"w": torch.full((2,), values[site]), "n": torch.tensor(int(values[site]))}
+        metrics = {} if score is None else {"val_dice_best": score}
+        fusion.accept(Contribution(site, "hsl", 0, state, metrics, samples=1000))
+    return fusion
+
+
+def test_metric_weights_golden_numbers() -> None:
+    values = {"a": 1.0, "b": 2.0, "c": 6.0}
+    fused = weighed({"a": 0.9, "b": 0.6, "c": 0.5}, values).result()  # (0.9 + 1.2 + 3.0) / 2.0
+    assert torch.allclose(fused["w"], torch.full((2,), 2.55), rtol=1e-7) and fused["n"] == 3
+    fused = weighed({"a": 0.8, "b": 0.0, "c": 0.2}, values).result()  # a site whose model finds nothing does not count
+    assert torch.allclose(fused["w"], torch.full((2,), 2.0), rtol=1e-7)
+    equal = weighed({"a": 0.7, "b": 0.7, "c": 0.7}, values).result()
+    assert torch.allclose(equal["w"], torch.full((2,), 3.0), rtol=1e-7)
+
+
+def test_metric_weights_that_are_all_zero_are_equal() -> None:
+    fused = weighed({"a": 0.0, "b": 0.0, "c": 0.0}, {"a": 1.0, "b": 2.0, "c": 6.0}).result()
+    assert torch.equal(fused["w"], torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("score", "reason"),
+    [
+        (None, "it reports no val_dice_best, by which sites are weighed here"),
+        (-0.1, "its val_dice_best is -0.1"),
+        (float("nan"), "its val_dice_best is nan"),
+        (float("inf"), "its val_dice_best is inf"),
+    ],
+)
+def test_a_score_that_is_no_weight_is_refused(score: float | None, reason: str) -> None:
+    fusion = weighed({"a": 0.5}, {"a": 1.0})
+    metrics = {} if score is None else {"val_dice_best": score}
+    with pytest.raises(ContributionRefused, match=reason):
+        fusion.accept(Contribution("b", "hsl", 0, {"w": torch.ones(2), "n": torch.tensor(1)}, metrics))
+    assert fusion.contributors == ["a"] and reason in fusion.refused["b"]
+    assert torch.equal(fusion.result()["w"], torch.ones(2))

@@ -45,7 +45,7 @@ def test_the_best_model_is_the_last_one_of_its_time(tmp_path: Path, monkeypatch,
     last, best = tmp_path / "last_model.pt", tmp_path / "best_model.pt"
     for round_ in (1, 2):
         save_model(last, "local", {}, {}, {"w": torch.tensor([float(round_)])}, round_=round_)
-        keep_as_best(last, best)
+        keep_as_best(tmp_path)
         assert load_model(best).round == round_ and last.samefile(best) == links
     save_model(last, "local", {}, {}, {}, round_=3)
     assert load_model(best).round == 2 and sorted(tmp_path.iterdir()) == [best, last]

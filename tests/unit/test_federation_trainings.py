@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,20 @@ from heterosync.federation.results import read_history
 from heterosync.federation.runner import RunSummary, run_inprocess
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.site import SiteTrainer
-from heterosync.federation.trainings import TRAININGS, TrainingStore, standing, training_folder
+from heterosync.federation.trainings import (
+    OWNER,
+    TRAININGS,
+    Submitter,
+    TrainingStore,
+    claim,
+    standing,
+    training_folder,
+)
 from heterosync.training.settings import TrainingSettings
 from toys import SMOKE, toy_alliance, toy_images
 
 TRAINING = {**SMOKE, "rounds": 4, "schedule_period": 3}
+LEAD = Submitter("lead@a.org", "a", "lead")
 
 
 def shorter(rounds: int) -> dict:
@@ -155,6 +165,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(half, alliance,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_is_going_on_is_neither_resumed_nor_run_twice(alliance, tmp_path: Path) -> None:
+    two = {name: alliance[name] for name in ("site-a", "site-b")}
+    refused: list[str] = []
+
+    def meanwhile(event: dict) -> None:
+        for out, options in ((tmp_path / "next", {"resume": tmp_path / "out"}), (tmp_path / "out", {})):
+            with pytest.raises(UserError) as caught:
+                run_inprocess("hsl", two, out, {}, shorter(2), **options)
+            refused.append(str(caught.value))
+
+    done = run_inprocess("hsl", two, tmp_path / "out", {}, shorter(1), progress=meanwhile)
+    busy = f"{tmp_path / 'out'}: another process runs the training in it: wait for its end"
+    assert set(refused) == {busy} and not (tmp_path / "next").exists() and done.status == "completed"
+    assert run_inprocess("hsl", two, tmp_path / "next", {}, shorter(2), resume=tmp_path / "out").rounds == 2
+
+
 def test_a_training_keeps_to_its_anchor_pack(half, tmp_path: Path) -> None:
     others = toy_alliance(tmp_path / "data", 3, anchor_seed=5)
     with pytest.raises(ProblemList, match="began with the anchor digest"):
@@ -220,27 +246,55 @@ def test_where_trainings_lie(tmp_path: Path) -> None:
 
 
 def test_a_store_is_held_by_one_job_and_must_be_there(half, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"training 'job-1' is not stored at the server \(it has none\)"):
-        TrainingStore(tmp_path / "job-1").hold(begin=False)
+    with pytest.raises(UserError, match="training 'job-1' is not stored at the server: check the id"):
+        TrainingStore(tmp_path / "job-1").hold(False, LEAD)
     first, second = TrainingStore(tmp_path / "job-1"), TrainingStore(tmp_path / "job-1")
-    first.hold(begin=True)
+    first.hold(True, LEAD)
     first.keep(half.folder)
     with pytest.raises(UserError, match="in use by another job"):
-        second.hold(begin=False)
+        second.hold(False, LEAD)
     first.release()
-    second.hold(begin=False)
-    with pytest.raises(UserError, match="it has job-1"):
-        TrainingStore(tmp_path / "job-2").hold(begin=False)
+    second.hold(False, LEAD)
+    with pytest.raises(UserError) as refused:
+        TrainingStore(tmp_path / "job-2").hold(False, LEAD)
+    assert "job-1" not in str(refused.value)
     second.fetch(tmp_path / "run")
     assert_same(tmp_path / "run", half.folder)
+    for name in (path.relative_to(half.folder) for path in half.folder.glob("tensorboard/*")):
+        events = [folder / name for folder in (half.folder, tmp_path / "job-1", tmp_path / "run")]
+        assert len({path.stat().st_ino for path in events}) == len(events)  # the writer appends to its own only
+        assert len({path.read_bytes() for path in events}) == 1
     second.release()
-    first.hold(begin=True)  # a new training of that name: nothing of the old one stays
-    assert [path.name for path in (tmp_path / "job-1").iterdir()] == [".lock"]
+    first.hold(True, LEAD)  # a new training of that name: nothing of the old one stays
+    assert {path.name for path in (tmp_path / "job-1").iterdir()} == {".lock", OWNER}
+
+
+def test_a_training_belongs_to_who_began_it(half, tmp_path: Path) -> None:
+    folder = tmp_path / "job-1"
+    begun = TrainingStore(folder)
+    begun.hold(True, LEAD)
+    begun.keep(half.folder)
+    for stranger in (Submitter("other@b.org", "b", "lead"), Submitter(LEAD.name, "b", "lead"), Submitter()):
+        with pytest.raises(UserError) as refused:
+            TrainingStore(folder).hold(False, stranger)
+        line = str(refused.value)
+        assert line.startswith("training 'job-1' was begun by another user") and LEAD.name not in line
+    begun.release()
+    admin = Submitter("chief@x.org", "x", "project_admin")
+    for user in (LEAD, admin, LEAD):  # a project admin goes on with it and does not take it away
+        store = TrainingStore(folder)
+        store.hold(False, user)
+        store.release()
+    # where nobody owns it yet, as at a site that joins, a project admin who goes on with it leaves it unowned
+    assert not (claim(tmp_path / "joined", admin, begins=False) / OWNER).exists()
+    assert (claim(tmp_path / "joined", LEAD, begins=False) / OWNER).exists()
+    with pytest.raises(UserError, match="another user"):  # what the admin began is his
+        claim(claim(tmp_path / "own", admin, begins=True), LEAD, begins=False)
 
 
 def _hold_and_wait(folder: Path, held) -> None:
     store = TrainingStore(folder)
-    store.hold(begin=True)
+    store.hold(True, LEAD)
     held.set()
     multiprocessing.Event().wait(60)
 
@@ -252,10 +306,10 @@ def test_a_killed_job_lets_go_of_its_training(tmp_path: Path) -> None:
     job.start()
     assert held.wait(60)
     with pytest.raises(UserError, match="in use"):
-        TrainingStore(tmp_path / "job-1").hold(begin=True)
+        TrainingStore(tmp_path / "job-1").hold(True, LEAD)
     job.kill()
     job.join()
-    TrainingStore(tmp_path / "job-1").hold(begin=True)
+    TrainingStore(tmp_path / "job-1").hold(True, LEAD)
 
 
 def test_a_store_cut_off_at_any_file_is_at_most_one_round_behind(
@@ -266,7 +320,7 @@ def test_a_store_cut_off_at_any_file_is_at_most_one_round_behind(
     class Cut(Exception):
         pass
 
-    source, real = tmp_path / "source", trainings.link_file
+    source, ways = tmp_path / "source", {name: getattr(trainings, name) for name in ("link_file", "copy_file")}
     two = {name: alliance[name] for name in ("site-a", "site-b")}
     run_inprocess("hsl", two, source, {}, shorter(1))
     earlier = shutil.copytree(source, tmp_path / "earlier")
@@ -276,7 +330,7 @@ def test_a_store_cut_off_at_any_file_is_at_most_one_round_behind(
         store, left = TrainingStore(tmp_path / f"store-{files}"), files
         store.keep(earlier)
 
-        def cut(path, target):
+        def cut(real, path, target):
             nonlocal left
             if left == 0:
                 raise Cut
@@ -284,7 +338,8 @@ def test_a_store_cut_off_at_any_file_is_at_most_one_round_behind(
             return real(path, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainings, "link_file", cut)
+            for name, real in ways.items():
+                patch.setattr(trainings, name, partial(cut, real))
             try:
                 store.keep(source)
                 whole = True

@@ -22,11 +22,6 @@ from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def start(smoke: dict) -> dict[str, torch.Tensor]:
     return initial_state(make_method("hsl", {}, TrainingSettings.from_dict(smoke)))
 
@@ -121,6 +116,19 @@ def test_killed_in_the_middle_of_a_round_it_costs_that_call_and_no_more(tmp_path
         assert process.pid not in killed
     same(first, expected[0])
     same(again, expected[1])
+
+
+def test_a_step_that_may_not_leave_ends_the_trainer_and_the_next_call_starts_another(tmp_path, alliance, smoke) -> None:
+    def blocked(step: int, parcel: dict) -> dict:
+        raise UserError("blocked from leaving the site")
+
+    state = initial_state(make_method("splitavg", {}, TrainingSettings.from_dict(smoke)))
+    with TrainerProcess("site-a", alliance["site-a"], "splitavg", {}, smoke, tmp_path) as process:
+        process.exchange = blocked
+        for _ in range(2):  # a living trainer would take the second request for the answer to its step
+            with pytest.raises(UserError, match="blocked from leaving the site"):
+                process.train(0, state, items=100)
+            assert process.pid is None
 
 
 def test_user_errors_arrive_word_for_word_and_defects_with_their_traceback(tmp_path: Path, alliance, smoke) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_only_flare_imports_nvflare(path):
     if room_of(path) == "flare":
         return
     assert not [module for module, _ in imports_of(path) if module.split(".")[0] == "nvflare"]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Also not within functions or for type checkers only: a circle says that two files are one thing, or three."""
+    names = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for path, name in names.items()}
+    graph = {module: uses_of(path) & modules.keys() - {module} for module, path in modules.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the names
+
+
+def uses_of(path: Path) -> set[str]:
+    """Modules that a file imports, or imports names from."""
+    found = {module for module, _ in imports_of(path)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def test_commands_import_heavy_things_only_when_called():

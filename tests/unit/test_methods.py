@@ -13,9 +13,9 @@ import torch
 from core_toys import settings, toy_data, trainer
 from heterosync.errors import UserError
 from heterosync.federation.wire import CHECK_IN, METRICS
-from heterosync.methods import bytes_per_round, get_method, make_method, method_names
-from heterosync.methods.base import COMMON_LEAVES, Method
-from heterosync.training import LocalTrainer
+from heterosync.methods import bytes_per_image, bytes_per_round, get_method, make_method, method_names, traffic
+from heterosync.methods.base import COMMON_LEAVES, VOLUME_LEAVES, Method
+from heterosync.training import CLASSIFICATION, SEGMENTATION, LocalTrainer
 
 
 def test_names_and_facts():
@@ -25,7 +25,7 @@ def test_names_and_facts():
         cls = get_method(name)
         assert cls.__bases__ == (Method,)  # depth 1
         assert cls.status in {"exact", "code-faithful", "corrected", "reconstruction"}
-        assert cls.weighting in {"equal", "samples", "none"}
+        assert cls.weighting in {"equal", "samples", "metric", "none"}
         assert cls.title and cls.citation and cls.leaves
         for item in fields(cls.Settings):
             assert item.metadata["source"]  # every default cites its source
@@ -34,14 +34,21 @@ def test_names_and_facts():
 
 
 def test_what_leaves_is_told_in_full():
-    told = " ".join(COMMON_LEAVES)
+    told = " ".join(COMMON_LEAVES + VOLUME_LEAVES)
     for name in (METRICS | set(CHECK_IN)) - {"site"}:
         assert re.search(rf"\b{name}\b", told), name  # whatever the allow-list lets pass is in the text
     assert next(line for line in COMMON_LEAVES if "n_positive" in line).startswith("W2")
     for name in method_names():
         leaves = get_method(name).leaves
-        assert leaves[-len(COMMON_LEAVES) :] == COMMON_LEAVES
-        assert (len(leaves) > len(COMMON_LEAVES)) == (get_method(name).weighting != "none")
+        common = VOLUME_LEAVES if get_method(name).task is SEGMENTATION else COMMON_LEAVES
+        assert leaves[-len(common) :] == common
+        assert (len(leaves) > len(common)) == (get_method(name).weighting != "none")
+
+
+def test_every_score_of_a_task_may_leave():
+    for task in (CLASSIFICATION, SEGMENTATION):
+        assert {task.metric, task.received, task.best, *task.averaged} <= METRICS
+        assert task.metric in task.averaged
 
 
 def readme_row(name: str) -> str:
@@ -49,6 +56,10 @@ def readme_row(name: str) -> str:
     method = make_method(name)
     size = bytes_per_round(method, method.build_model(weights="none")) / 2**20
     sent = f"{size:.1f} MiB" if size else "nothing"
+    if method.split:
+        image = bytes_per_image(method, method.build_model(weights="none"))
+        sent = f"{image / 2**20:.2f} MiB per image and epoch"
+    assert traffic(method, method.build_model(weights="none")) == sent
     model = "each site's own" if method.personal else "one for all"
     cells = (f"`{name}`", method.title, method.citation, method.weighting, model, sent, method.status)
     return f"| {' | '.join(cells)} |"

@@ -14,6 +14,7 @@ from heterosync.models import Classifier as Net
 from heterosync.models import MMoE, build_encoder, resolved_weights
 from heterosync.models.mechanism import mechanism
 from heterosync.models.published import from_published, load_published, to_published
+from heterosync.training.settings import TrainingSettings
 
 
 def count(model: nn.Module) -> int:
@@ -133,6 +134,19 @@ def test_what_the_weights_setting_means_here(monkeypatch, tmp_path):
     assert resolved_weights("auto", "resnet_tiny") == "none"
 
 
+def test_a_bare_name_means_a_file_in_torchs_cache_wherever_one_stands(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.pth").write_bytes(b"here")
+    with pytest.raises(UserError, match="hub/checkpoints/mine.pth does not exist: put the file there"):
+        resolved_weights("mine.pth")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "mine.pth").write_bytes(b"cached")
+    for weights, content in (("mine.pth", b"cached"), ("./mine.pth", b"here")):
+        assert TrainingSettings(weights=weights).weights_path == (content == b"here")
+        assert resolved_weights(weights) == "file sha256:" + hashlib.sha256(content).hexdigest()[:12]
+
+
 def test_bad_weight_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.pth does not exist"):
         build_encoder("resnet18", weights=str(tmp_path / "nowhere.pth"))
@@ -245,6 +259,8 @@ def test_mechanism_agrees_with_autograd_and_leaves_no_trace(tiny):
         nn.functional.binary_cross_entropy_with_logits(logit, y).backward(retain_graph=True)
         norms.append(torch.cat([p.grad.flatten() for p in tiny.encoders[0].parameters()]).norm())
     tiny.zero_grad(set_to_none=True)
+    assert found["primary_gradient"] == pytest.approx(norms[0].item(), rel=1e-3)
+    assert found["anchor_gradient"] == pytest.approx(norms[1].item(), rel=1e-3)
     assert found["anchor_gradient_ratio"] == pytest.approx((norms[1] / norms[0]).item(), rel=1e-3)
     assert 0 < found["partner_effect"] < 0.1
     assert 0 < found["mixture_share"] < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,16 @@ def test_scores_equal_those_of_the_sites(model, alliance, partner):
 def test_a_site_folder_gives_metrics_too(model, alliance):
     found = predict(model, alliance["site-a"])
     assert found.metrics is not None and found.metrics["n"] == 40
+
+
+def test_a_folder_of_sites_is_refused_and_an_anchor_is_never_scored(alliance, pictures, tmp_path):
+    above = alliance["site-a"].parent
+    with pytest.raises(UserError, match=f"{above} holds site folders: name one of them, for example {above}/site-a"):
+        open_source(above)
+    shutil.copytree(pictures, tmp_path / "pictures")
+    shutil.copytree(alliance["site-a"] / "anchor", tmp_path / "pictures" / "anchor")
+    assert open_source(tmp_path / "pictures").names == open_source(pictures).names
+    assert open_source(alliance["site-a"] / "anchor").names  # unless it is asked for
 
 
 def test_csv(model, pictures, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 
 from heterosync.cli import main
 from heterosync.errors import UserError
-from heterosync.study.report import auc_table, report_text, summary, write_report
-from heterosync.study.runs import find_runs, read_runs
+from heterosync.study.evidence.runs import find_runs, read_runs
+from heterosync.study.pages.report import auc_table, report_text, summary, write_report
 from heterosync.study.table import mean, number, text_table, with_interval
 from study_toys import toy_run
 
@@ -57,6 +57,7 @@ def test_report_files(runs, tmp_path):
         "auc.svg",
         "rounds.png",
         "rounds.svg",
+        "index.html",
     ]
     assert all(file.stat().st_size > 100 for file in files)
     with open(tmp_path / "out" / "auc.csv", newline="") as file:
@@ -78,7 +79,7 @@ def test_report_of_a_run_that_was_cut_off(tmp_path):
     assert "still going or broken off, 2 of 3 rounds" in text
     assert "Not tested yet" in text and "0.650" in text  # mean of 0.7 and 0.6 after round 1
     names = [file.name for file in write_report(runs, tmp_path / "out")]
-    assert names == ["report.md", "auc.csv", "rounds.png", "rounds.svg"]
+    assert names == ["report.md", "auc.csv", "rounds.png", "rounds.svg", "index.html"]
 
 
 def test_report_before_the_first_round_has_ended(tmp_path):
@@ -117,6 +118,18 @@ def test_runs_are_found_below_a_workspace_and_told_apart(tmp_path):
     toy_run(tmp_path / "second" / "server" / "simulate_job")
     labels = [run.label for run in read_runs([tmp_path / "ws", tmp_path / "second"])]
     assert labels == ["hsl (ws)", "hsl (second)"]
+
+
+def test_the_store_of_a_training_is_left_out_beside_its_job(tmp_path):
+    server = tmp_path / "ws" / "server"
+    job = toy_run(server / "simulate_job")
+    other = toy_run(server / "trainings" / "of-another-job")
+    toy_run(server / "trainings" / "simulate_job")
+    toy_run(tmp_path / "ws" / "results")
+    info = json.loads((job / "run.json").read_text())
+    (job / "run.json").write_text(json.dumps({**info, "training_id": "simulate_job"}))
+    assert find_runs(tmp_path / "ws") == [job, other]  # nothing else tells of the other training
+    assert find_runs(server / "trainings" / "simulate_job") == [server / "trainings" / "simulate_job"]
 
 
 def test_results_alone_are_a_run_too(tmp_path):

@@ -128,7 +128,7 @@ def test_round_result_and_progress():
     result = mine.train_round(1)
     assert set(result.metrics) == {
         "val_auc_received", "val_auc_best", "best_epoch", "train_loss", "n_train", "n_validation", "steps", "seconds",
-        "anchor_gradient_ratio", "partner_effect", "mixture_share",
+        "primary_gradient", "anchor_gradient", "anchor_gradient_ratio", "partner_effect", "mixture_share",
     }  # fmt: skip
     assert (result.metrics["n_train"], result.metrics["n_validation"], result.metrics["steps"]) == (24, 8, 4)
     assert [(p["site"], p["round"], p["rounds"], p["epoch"], p["epochs"]) for p in seen] == [

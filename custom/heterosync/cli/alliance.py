@@ -44,7 +44,7 @@ def register(commands: Any) -> None:
         "heterosync alliance provision project.yml --out kits",
     )
     _add_project(parser)
-    _add_server(parser, "another host name than that of the project file")
+    _add_server(parser, "another host name than that of the project file, where it is put in")
 
     parser = add_command(
         group,
@@ -113,7 +113,7 @@ def _server(arguments: argparse.Namespace) -> Any:
     if arguments.loopback and arguments.server:
         raise UserError("--loopback and --server contradict each other: give one")
     if arguments.loopback:
-        return loopback(port)
+        return loopback(port, arguments.also)
     if arguments.server:
         return Server(arguments.server, port, arguments.also)
     if arguments.also or arguments.port:
@@ -135,13 +135,16 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _provision(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.project import read_project, with_server
+    from heterosync.flare.project import read_project, with_server, write_project
     from heterosync.flare.provision import provision
 
     project, server = read_project(arguments.project), _server(arguments)
     if server is not None:
         project = with_server(project, server)
-    _report(project, arguments, provision(project, arguments.out))
+    kits = provision(project, arguments.out)
+    if server is not None:
+        write_project(project, arguments.project)  # later kits, of `add` and `renew`, must name the same server
+    _report(project, arguments, kits)
 
 
 def _add(arguments: argparse.Namespace) -> None:

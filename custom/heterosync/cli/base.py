@@ -13,13 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from heterosync.errors import UserError
+from heterosync.errors import UserError, closest
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Its sub-commands' parsers are of this class too; argparse itself tells the nearest choice from Python 3.14 on."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        near = closest(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else None
+        super().error(message.replace(" (choose from", f", did you mean '{near}'? (choose from") if near else message)
 
 
 def add_command(

@@ -44,7 +44,7 @@ def register_run(group: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from heterosync.flare.chain import Chain
     from heterosync.flare.session import admin_session
-    from heterosync.study.report import read_runs, report_text
+    from heterosync.study.pages.report import read_runs, report_text
 
     say = (lambda line: None) if arguments.json else print
     chain = Chain(arguments.job, arguments.out, arguments.segments_of, say, arguments.attempts, arguments.wait)

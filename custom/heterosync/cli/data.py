@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from heterosync.cli.base import DONE, FAILED, add_command, add_group, add_json, positive, show
 from heterosync.cli.scenario import hint_at_anchor, print_problems, register_scenario, scenario_summary
 from heterosync.cli.source import SOURCE_KINDS, add_kind, add_source, open_source, seed
+from heterosync.cli.volumes import register_volumes
 from heterosync.errors import UserError
 
 
@@ -75,34 +75,25 @@ def register(commands: Any) -> None:
     parser.add_argument("--image-size", type=positive, default=64, metavar="PIXELS", help="default: 64")
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="multiply all counts (default: 1.0)")
 
+    register_volumes(group)
+
 
 def _check(arguments: argparse.Namespace) -> int:
-    from heterosync.data.check import inspect_site
-    from heterosync.data.site import SPLITS
+    from heterosync.data.task_kinds import check_folder
     from heterosync.training.checks import device_problem
 
     if (arguments.folder / "scenario.json").is_file():
         return scenario_summary(arguments.folder, not arguments.no_anchor, arguments.json, arguments.all)
-    found = inspect_site(arguments.folder, None, need_anchor=not arguments.no_anchor)
-    device = device_problem(found.config.device) if found.config else None
-    if device:
-        found.problems.append(f"site.yaml: {device}")
-    summary: dict[str, Any] = {"folder": str(arguments.folder), "problems": found.problems}
-    if not found.problems and found.config is not None:
-        labels = [found.config.labels[row.label] for row in found.rows]
-        counts = Counter(zip(found.splits, labels, strict=True))
-        summary["images"] = {split: {name: counts[split, name] for name in found.config.labels} for split in SPLITS}
-        summary["anchor_digest"] = found.anchor.digest if found.anchor else None
+    found = check_folder(arguments.folder, need_anchor=not arguments.no_anchor)
+    device = device_problem(found.device) if found.device else None
+    problems = [*found.problems, *([f"site.yaml: {device}"] if device else [])]
     if arguments.json:
-        show(summary)
-    elif found.problems:
-        print_problems(arguments.folder, found.problems, arguments.all)
+        show({"folder": str(arguments.folder), "problems": problems, **({} if problems else found.summary)})
+    elif problems:
+        print_problems(arguments.folder, problems, arguments.all)
     else:
-        print(f"{arguments.folder}: in order")
-        for split, by_label in summary["images"].items():
-            print(f"{split:10}  " + ", ".join(f"{count} {name}" for name, count in by_label.items()))
-        print(f"anchor      {summary['anchor_digest'] or 'none'}")
-    return FAILED if found.problems else DONE
+        print(f"{arguments.folder}: in order", *found.lines, sep="\n")
+    return FAILED if problems else DONE
 
 
 def _import(arguments: argparse.Namespace) -> None:

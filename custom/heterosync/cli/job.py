@@ -82,8 +82,9 @@ def register(commands: Any) -> None:
 
 
 def method_facts(name: str) -> dict[str, Any]:
-    """What `job list --json` says about a method; `bytes_per_round` is what one site sends at the default settings."""
-    from heterosync.methods import bytes_per_round, make_method
+    """What `job list --json` says about a method; `bytes_per_round` is what one site sends at the default settings, and
+    `bytes_per_image`, where the network is cut, what it sends for each image in each epoch."""
+    from heterosync.methods import bytes_per_image, bytes_per_round, make_method
 
     method = make_method(name)
     model = method.build_model(weights="none")
@@ -94,7 +95,8 @@ def method_facts(name: str) -> dict[str, Any]:
         "citation": method.citation,
         "leaves_a_site": list(method.leaves),
         "bytes_per_round": bytes_per_round(method, model),
-        "tensors_per_round": len(method.shared_names(model)),
+        "bytes_per_image": bytes_per_image(method, model),
+        "tensors_per_round": len(method.returned_names(model)),
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "weighting": method.weighting,
         "personal": method.personal,
@@ -102,8 +104,10 @@ def method_facts(name: str) -> dict[str, Any]:
     }
 
 
-def _size(count: int) -> str:
-    return f"{count / 1024**2:.1f} MiB" if count else "no weights"
+def _size(facts: dict[str, Any]) -> str:
+    if facts["bytes_per_image"]:
+        return f"{facts['bytes_per_image'] / 1024**2:.2f} MiB per image and epoch"
+    return f"{facts['bytes_per_round'] / 1024**2:.1f} MiB" if facts["bytes_per_round"] else "no weights"
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -114,7 +118,7 @@ def _list(arguments: argparse.Namespace) -> None:
     if arguments.json:
         show(facts)
         return
-    rows = [[f["name"], f["title"], f["status"], _size(f["bytes_per_round"])] for f in facts]
+    rows = [[f["name"], f["title"], f["status"], _size(f)] for f in facts]
     print(text_table(["name", "method", "status", "leaves per round and site"], rows))
     for f in facts:
         print(f"\n{f['name']}: {f['citation']}\n  leaves a site: " + "; ".join(f["leaves_a_site"]))
@@ -124,11 +128,10 @@ def _settings_of(name: str) -> dict[str, dict[str, Any]]:
     """Defaults of everything that `--set` knows: kind -> name -> value; the list of `describe` and of error lines."""
     from dataclasses import asdict
 
-    from heterosync.flare.job import JobOptions
+    from heterosync.flare.job_options import JobOptions
     from heterosync.methods import make_method
-    from heterosync.training.settings import TrainingSettings
 
-    method = make_method(name, None, TrainingSettings())
+    method = make_method(name)
     options = asdict(JobOptions())
     for elsewhere in ("rounds", "training", "method_settings"):
         options.pop(elsewhere)
@@ -140,7 +143,8 @@ def _idle_settings(name: str) -> dict[str, str]:
     from heterosync.methods import make_method
 
     method = make_method(name)
-    return {**method.settings.idle(), **({} if method.uses_anchor else {"anchors_may_differ": "an anchor task"})}
+    idle = {**method.settings.idle(), **method.training.idle()}
+    return idle if method.uses_anchor else {**idle, "anchors_may_differ": "an anchor task"}
 
 
 def _describe(arguments: argparse.Namespace) -> None:
@@ -154,7 +158,10 @@ def _describe(arguments: argparse.Namespace) -> None:
     print(facts["citation"])
     print(f"\nmodel: {facts['parameters']:,} parameters; anchor task: {'yes' if facts['uses_anchor'] else 'no'}")
     print(f"weights of the sites are combined: {facts['weighting']}")
-    print(f"one site sends per round: {_size(facts['bytes_per_round'])} in {facts['tensors_per_round']} tensors")
+    if facts["bytes_per_image"]:
+        print(f"one site sends: {_size(facts)}, as activations (privacy class W3), and gets as much back as gradients")
+    else:
+        print(f"one site sends per round: {_size(facts)} in {facts['tensors_per_round']} tensors")
     print("\nwhat leaves a site:")
     for line in facts["leaves_a_site"]:
         print(f"  - {line}")
@@ -167,7 +174,7 @@ def _describe(arguments: argparse.Namespace) -> None:
 def job_options(name: str, settings: dict[str, Any]) -> Any:
     """Sort `--set` pairs into settings of the method, of the training and of the job. Raises `UserError` for an
     unknown name."""
-    from heterosync.flare.job import JobOptions
+    from heterosync.flare.job_options import JobOptions
 
     known = _settings_of(name)
     sorted_: dict[str, dict[str, Any]] = {kind: {} for kind in known}

@@ -80,7 +80,7 @@ def _poc(arguments: argparse.Namespace) -> None:
         seconds = {"ready_seconds": result.ready_seconds, "job_seconds": result.job_seconds}
         show({"results": str(result.results), "sites": places, **seconds})
         return
-    from heterosync.study.report import read_runs, report_text
+    from heterosync.study.pages.report import read_runs, report_text
 
     print(report_text(read_runs([result.results])))
 

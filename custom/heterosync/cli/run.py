@@ -144,13 +144,14 @@ def _simulate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         show({"results": str(result.results), "workspace": str(workspace), "sites": sites})
         return
-    from heterosync.study.report import read_runs, report_text
+    from heterosync.study.pages.report import read_runs, report_text
 
     print(report_text(read_runs([result.results])))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.job import JobOptions, build_job
+    from heterosync.flare.job import build_job
+    from heterosync.flare.job_options import JobOptions
     from heterosync.flare.simulator import simulate
     from heterosync.study.demo import run_demo
 
@@ -183,13 +184,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from heterosync.flare.allowlist import OUR_CLASSES
+    from heterosync.flare.allowlist import class_allow_list
     from heterosync.study.doctor import PROBLEM, examine
 
     if arguments.kit is not None:
         checks = _examine_kit(arguments)
     else:
-        checks = examine(arguments.data, arguments.workspace, OUR_CLASSES, arguments.port, arguments.server)
+        checks = examine(arguments.data, arguments.workspace, class_allow_list(), arguments.port, arguments.server)
     problems = sum(check.state == PROBLEM for check in checks)
     if arguments.json:
         show({"ready": not problems, "checks": [check.as_dict() for check in checks]})
@@ -203,22 +204,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _examine_kit(arguments: argparse.Namespace) -> list[Any]:
     """What the doctor finds about a kit, and about this machine as far as the kit's owner needs it."""
     from heterosync.flare import kit_doctor
-    from heterosync.flare.allowlist import OUR_CLASSES
+    from heterosync.flare.allowlist import class_allow_list
     from heterosync.flare.kit import Kit
-    from heterosync.study.doctor import NOTE, PROBLEM, Check, examine
+    from heterosync.study.doctor import Check, examine
 
     kit = Kit(arguments.kit)
     checks = [Check(*finding) for finding in kit_doctor.examine_kit(kit.folder)]
-    root = kit_doctor.data_root(kit)
-    data = arguments.data or (Path(root) if root else None)
+    data, wrong = (arguments.data, []) if arguments.data or kit.kind != "client" else kit_doctor.site_folder(kit)
     port = kit_doctor.server_address(kit)[1] if kit.kind == "server" else None
-    machine = examine(data, kit.folder, OUR_CLASSES, port)
-    if kit.kind != "client":  # only sites have data
-        machine = [check for check in machine if check.name != "data"]
-    elif data is None:
-        remedy = "Write the path of your site folder after data_root in local/privacy.json"
-        machine = [
-            Check("data", PROBLEM, "no site folder named", remedy) if c.name == "data" and c.state == NOTE else c
-            for c in machine
-        ]
-    return checks + machine
+    site = kit.kind == "client" and not wrong
+    machine = examine(data, kit.folder, class_allow_list(), port, environ=os.environ if site else {})
+    needless = {"client": () if site else ("data",), "server": ("data",), "admin": ("data", "allow-list")}[kit.kind]
+    return [*checks, *(check for check in machine if check.name not in needless), *(Check(*each) for each in wrong)]

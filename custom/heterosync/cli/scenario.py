@@ -49,7 +49,7 @@ def register_scenario(group: Any) -> None:
         "--sat-source", action="append", metavar="NAME=PATH", help="where a source of the --sat table is; repeatable"
     )
     parser.add_argument("--sat-size", type=positive, metavar="PIXELS", help="bring anchor images to this size")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the draw: the repeat's number (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of draw and splits: the repeat's number (0)")
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="multiply all counts (default: 1.0)")
     parser.add_argument(
         "--group",

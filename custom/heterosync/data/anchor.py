@@ -18,8 +18,8 @@ from PIL import Image
 
 from heterosync.data.cache import load_pictures
 from heterosync.data.decoding import Decoded
+from heterosync.data.grey import to_uint8
 from heterosync.data.images import Images, content_hash
-from heterosync.data.readers import to_uint8
 from heterosync.data.site import image_name
 from heterosync.data.tables import read_csv
 from heterosync.errors import ProblemList, UserError

@@ -23,8 +23,8 @@ import PIL
 
 from heterosync import pulse
 from heterosync.data.decoding import Decoded, Decoding
+from heterosync.data.grey import Window
 from heterosync.data.packs import split_entry
-from heterosync.data.readers import Window
 from heterosync.errors import UserError
 from heterosync.files import write_json, write_with
 

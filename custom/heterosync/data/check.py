@@ -14,6 +14,7 @@ from heterosync.data.anchor import AnchorPack, inspect_anchor
 from heterosync.data.cache import cache_root, load_pictures
 from heterosync.data.decoding import Decoded
 from heterosync.data.site import CONFIG, MANIFEST, SPLITS, Row, SiteConfig, parse_manifest, parse_site_config
+from heterosync.data.site_yaml import KINDS, read_task
 from heterosync.data.splits import FILE as SPLITS_FILE
 from heterosync.data.splits import assign_splits, read_splits
 from heterosync.errors import ProblemList
@@ -53,7 +54,7 @@ def inspect_site(
     """Read and check everything of a site folder that training needs; writes only to the cache."""
     folder = Path(folder)
     found = Inspection()
-    wrong = no_site_folder(folder)
+    wrong = no_site_folder(folder) or _other_kind(folder)
     if wrong:
         found.problems.append(wrong)
         return found
@@ -90,6 +91,13 @@ def no_site_folder(folder: Path) -> str | None:
     if sites and not (folder / CONFIG).exists() and not (folder / MANIFEST).exists():
         return f"{name}: no site folder itself, but it holds some: give one of {', '.join(sites)}"
     return None
+
+
+def _other_kind(folder: Path) -> str | None:
+    task = read_task(folder)
+    if task not in KINDS:
+        return None
+    return f"{CONFIG}: task: {task}: this method needs images with labels: submit a {task} job, or use another folder"
 
 
 def summarised(problems: Sequence[str], shown: int = 5) -> list[str]:

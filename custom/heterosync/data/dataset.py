@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from heterosync.data.cache import cache_root
-from heterosync.data.check import Inspection, inspect_site
+from heterosync.data.check import inspect_site
 from heterosync.data.images import Images
 from heterosync.data.site import SPLITS, SiteConfig
 from heterosync.data.splits import write_splits
@@ -45,7 +46,11 @@ def load_site(
     if found.problems or found.config is None or found.pictures is None or found.pictures.pixels is None:
         raise ProblemList(found.problems)
     if not found.rows[0].split:
-        _keep_splits(folder, cache_root(folder, cache), found)
+        keep_drawn(
+            folder,
+            cache_root(folder, cache),
+            lambda place: write_splits(place, found.rows, found.splits, found.stored_splits),
+        )
     labels = np.asarray([row.label for row in found.rows], dtype=np.int64)
     splits = np.asarray(found.splits)
     return SiteData(
@@ -58,13 +63,14 @@ def load_site(
     )
 
 
-def _keep_splits(folder: Path, root: Path | None, found: Inspection) -> None:
-    """In the site folder; where that is read-only, in the cache; where there is none, the same draw is made again."""
+def keep_drawn(folder: Path, root: Path | None, write: Callable[[Path], None]) -> None:
+    """`write` what was drawn into the site folder; where that is read-only, into the cache; where there is none, the
+    same draw is made again."""
     for place in (folder, root):
         if place is None:
             continue
         try:
-            write_splits(place, found.rows, found.splits, found.stored_splits)
+            write(place)
             return
         except UserError as error:
             if getattr(error.__cause__, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS):

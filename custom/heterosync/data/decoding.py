@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from heterosync import pulse
+from heterosync.data.grey import Window
 from heterosync.data.images import content_hash
 from heterosync.data.packs import split_entry
-from heterosync.data.readers import ImageReader, Window, to_size
+from heterosync.data.readers import ImageReader, to_size
 from heterosync.errors import UserError
 
 CHUNK = 256  # pictures in flight at once

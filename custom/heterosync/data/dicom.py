@@ -9,7 +9,7 @@ import pydicom
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder
 from pydicom.pixels import pixel_array as decode_pixels
 
-from heterosync.data.readers import Window, min_max, through_window, to_uint8, unit_to_uint8
+from heterosync.data.grey import Window, min_max, through_window, to_uint8, unit_to_uint8
 from heterosync.errors import UserError
 
 _MEND = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or convert the file to an uncompressed one"
@@ -33,7 +33,7 @@ def read_dicom(path: Path, window: Window | None = None) -> np.ndarray:
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise UserError(f"a DICOM file of {frames} frames: export the frame to be classified as a file of its own")
-    stored = _decoded(dataset)
+    stored = decoded_pixels(dataset)
     meaning = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
     if meaning == "PALETTE COLOR":
         return _high_byte(apply_color_lut(stored, dataset))
@@ -44,7 +44,7 @@ def read_dicom(path: Path, window: Window | None = None) -> np.ndarray:
     return unit_to_uint8(np.where(padding, 0, 1 - unit if meaning == "MONOCHROME1" else unit))
 
 
-def _decoded(dataset: pydicom.Dataset) -> np.ndarray:
+def decoded_pixels(dataset: pydicom.Dataset) -> np.ndarray:
     """The stored values; colour comes back as RGB."""
     syntax = dataset.file_meta.TransferSyntaxUID
     try:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from heterosync.data.collection import Collection
+from heterosync.data.grey import to_uint8
 from heterosync.data.labelled import both_present, class_numbers, finished, from_pixels, left_out_notes
 from heterosync.data.packs import split_entry
-from heterosync.data.readers import PILLOW_SUFFIXES, ImageReader, to_uint8
+from heterosync.data.readers import PILLOW_SUFFIXES, ImageReader
 from heterosync.data.tables import read_csv
 from heterosync.errors import ProblemList, UserError, nearest
 

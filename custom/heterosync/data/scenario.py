@@ -55,6 +55,7 @@ def write_scenario(
                 anchor=packs.get(site),
                 splits=["test"] * len(rows) if site == UNSEEN else plan.splits.get(site),
                 grouped=group == "patient",
+                split_seed=seed,
             )
         record = {**(about or {}), "source": collection.name, "classes": list(collection.classes)}
         record |= {"seed": seed, "group": group, "anchors_differ": len(set(map(str, packs.values()))) > 1}
@@ -81,16 +82,19 @@ def write_site(
     anchor: Path | str | None = None,
     splits: Sequence[str] | None = None,
     grouped: bool = True,
+    split_seed: int = 0,
 ) -> Path:
     """Fill `folder` with site.yaml, manifest.csv, the images and, where given, a copy of the anchor pack.
 
-    splits: the split of each image; None: the site draws them. grouped: a patient's images share a split; otherwise
-    the patients stand in the column `source_patient`, which no split looks at.
+    splits: the split of each image; None: the site draws them, from `split_seed`. grouped: a patient's images share a
+    split; otherwise the patients stand in the column `source_patient`, which no split looks at.
     Arrays become one `images.npz`; files are copied under numbered names, since two folders may hold the same
     name; the manifest's column `source` tells where each came from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: dict = {"task": task or collection.name, "labels": list(collection.classes)}
+    if splits is None and split_seed:
+        config["split_seed"] = split_seed
     (folder / "site.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     columns: dict[str, list[str]] = {"image": _store_images(folder, collection)}
     columns["label"] = [collection.classes[label] for label in collection.labels]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
+from heterosync.data.site_yaml import CONFIG, Convert, parse_keys, text, whole
 from heterosync.data.tables import read_csv
 from heterosync.errors import ProblemList, UserError, nearest
 
-CONFIG = "site.yaml"
 MANIFEST = "manifest.csv"
 SPLITS = ("train", "validation", "test")
 
@@ -23,6 +21,7 @@ SPLITS = ("train", "validation", "test")
 LOOKS_LIKE = {
     "patient_column": ("patient", "patient_id", "patientid", "pid", "subject"),
     "split_column": ("split", "fold", "set"),
+    "fold_column": ("fold", "fold_id", "cv_fold"),
 }
 
 
@@ -58,28 +57,13 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------- site.yaml
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("expected a text")
-    return value.strip()
-
-
 def _labels(value: Any) -> tuple[str, str]:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError("expected two names, the negative one first, as [normal, abnormal]")
-    negative, positive = map(_text, value)
+    negative, positive = map(text, value)
     if negative == positive:
         raise ValueError("the two labels must differ")
     return negative, positive
-
-
-def _whole(low: int) -> Callable[[Any], int]:
-    def convert(value: Any) -> int:
-        if not isinstance(value, str) or not re.fullmatch(r"\d{1,9}", value) or int(value) < low:
-            raise ValueError(f"expected a whole number of at least {low}")
-        return int(value)
-
-    return convert
 
 
 def _window(value: Any) -> tuple[float, float]:
@@ -92,19 +76,10 @@ def _window(value: Any) -> tuple[float, float]:
     return centre, width
 
 
-def _device(value: Any) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", _text(value)):
-        raise ValueError("expected auto, cpu, cuda, cuda:1 or mps")
-    return _text(value)
-
-
-_CONVERT: dict[str, Callable[[Any], Any]] = {
+_CONVERT: dict[str, Convert] = {
     "labels": _labels,
     "window": _window,
-    "device": _device,
-    "batch_size": _whole(2),  # BatchNorm needs two images in a batch
-    "split_seed": _whole(0),
-    "threads": _whole(1),
+    "batch_size": whole(2),  # BatchNorm needs two images in a batch
 }
 
 
@@ -119,45 +94,8 @@ def read_site_config(folder: Path | str) -> SiteConfig:
 def parse_site_config(folder: Path | str) -> tuple[SiteConfig, list[str]]:
     """What could be read of `<folder>/site.yaml`, and one line for each problem; what is wrong has its default, wrong
     labels are two empty names."""
-    try:
-        given = _read_yaml(folder)
-    except UserError as error:
-        return SiteConfig("", ("", "")), [str(error)]
-    known = {item.name: item for item in fields(SiteConfig) if item.name != "own"}
-    problems = [f"{CONFIG}: unknown key '{key}': {nearest(str(key), known)}" for key in given if key not in known]
-    values: dict[str, Any] = {}
-    for name, item in known.items():
-        required = item.default is MISSING
-        if name not in given or (not required and given[name] in ("", "null", "~")):
-            if required:
-                problems.append(f"{CONFIG}: the key '{name}' is missing: add it")
-            continue
-        try:
-            values[name] = _CONVERT.get(name, _text)(given[name])
-        except ValueError as error:
-            problems.append(f"{CONFIG}: {name} = {given[name]!r}: {error}")
-    columns = {name: values.get(name, known[name].default) for name in known if name.endswith("_column")}
-    if len(set(columns.values())) < len(columns):
-        problems.append(f"{CONFIG}: two of the column keys name the same column: give each its own")
-        values = {name: value for name, value in values.items() if name not in columns}
+    values, problems = parse_keys(folder, SiteConfig, _CONVERT)
     return SiteConfig(**{"task": "", "labels": ("", ""), **values}, own=frozenset(values)), problems
-
-
-def _read_yaml(folder: Path | str) -> dict[Any, Any]:
-    try:
-        # BaseLoader keeps every scalar as text: YAML would read the labels [no, yes] as booleans and [0, 1] as numbers
-        given = yaml.load((Path(folder) / CONFIG).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except FileNotFoundError:
-        raise UserError(f"{CONFIG}: the file is missing: write it with the keys task and labels") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{CONFIG}: not readable ({type(error).__name__}): save it as UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{CONFIG}{where}: not valid YAML: write one 'key: value' per line") from error
-    if not isinstance(given, dict):
-        raise UserError(f"{CONFIG}: holds no keys: write one 'key: value' per line, at least task and labels")
-    return given
 
 
 # ------------------------------------------------------------------------------------------------------- manifest.csv
@@ -178,7 +116,7 @@ def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], l
         table = read_csv(Path(folder) / MANIFEST, MANIFEST)
     except UserError as error:
         return [], [str(error)]
-    problems = _column_problems(table.header, config)
+    problems = column_problems(table.header, config)
     if problems:
         return [], problems
     if not table.rows:
@@ -187,13 +125,7 @@ def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], l
     rows = []
     cells = list(table.records())
     for column in (config.patient_column, config.split_column):
-        filled = [bool(row.get(column)) for _, row in cells]
-        if any(filled) and not all(filled):
-            problems += [
-                f"{MANIFEST} row {line}: column '{column}' is empty here but not in other rows: fill all rows or none"
-                for (line, _), given in zip(cells, filled, strict=True)
-                if not given
-            ]
+        problems += partly_filled(cells, column)
     for (line, row), (_, values) in zip(cells, table.rows, strict=True):
         image, wrong = image_name(row.get(config.image_column, ""))
         label = row.get(config.label_column, "")
@@ -214,7 +146,17 @@ def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], l
     return rows, problems
 
 
-def _column_problems(header: list[str], config: SiteConfig) -> list[str]:
+def partly_filled(cells: Sequence[tuple[int, dict[str, str]]], column: str) -> list[str]:
+    """The rows in which a column is empty that others fill."""
+    empty = [line for line, row in cells if not row.get(column)]
+    return [
+        f"{MANIFEST} row {line}: column '{column}' is empty here but not in other rows: fill all rows or none"
+        for line in empty
+        if len(empty) < len(cells)
+    ]
+
+
+def column_problems(header: list[str], config: Any) -> list[str]:
     """Columns that are missing: required ones, ones that site.yaml names, and ones that stand under another name."""
     problems = []
     columns = {name: getattr(config, name) for name in vars(config) if name.endswith("_column")}
@@ -236,9 +178,9 @@ def _column_problems(header: list[str], config: SiteConfig) -> list[str]:
     return problems
 
 
-def image_name(text: str) -> tuple[str, str | None]:
+def image_name(cell: str) -> tuple[str, str | None]:
     """The relative path with forward slashes, and what is wrong with it."""
-    name = text.replace("\\", "/")
+    name = cell.replace("\\", "/")
     if not name:
         return name, "no image name: fill it in or delete the row"
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
@@ -261,6 +203,8 @@ def find_site_folder(site: str, configured: str | None = None, environ: Mapping[
         raise UserError(f"'{site}' is not a site name: use letters, digits and hyphens")
     if configured:
         folder = Path(configured).expanduser()
+        if not folder.is_absolute():  # the folder that a job runs in is FLARE's choice
+            raise UserError(f"site {site}: the configured data folder is a relative path: give an absolute path")
         if not folder.is_dir():
             raise UserError(f"site {site}: the configured data folder does not exist: create it or correct the setting")
         return folder.resolve()

@@ -66,7 +66,7 @@ def assign_splits(rows: Sequence[Row], content: Sequence[str], stored: Mapping[s
     if all(row.split for row in rows):
         return [str(row.split) for row in rows]
     order = sorted(range(len(rows)), key=lambda row: rows[row].image)
-    groups = _joined([(rows[row].patient, content[row]) for row in order])
+    groups = joined([(rows[row].patient, content[row]) for row in order])
     fixed = {i: stored[rows[row].image] for i, row in enumerate(order) if rows[row].image in stored}
     chosen = _assign([rows[row].label for row in order], groups, seed, FRACTIONS, fixed)
     result = [""] * len(rows)
@@ -105,7 +105,7 @@ def write_splits(folder: Path, rows: Sequence[Row], splits: Sequence[str], store
     write_text(folder / FILE, text.getvalue())
 
 
-def _joined(keys: Sequence[tuple[str | None, str]]) -> list[str]:
+def joined(keys: Sequence[tuple[str | None, str]]) -> list[str]:
     """One group name per row: rows with the same patient or the same content share it (connected components)."""
     parent = list(range(len(keys)))
 

@@ -61,7 +61,7 @@ def main() -> None:
     options = json.loads(requests.get())
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"--- trainer {os.getpid()} of site {options['site']} started {now}", flush=True)
-    serve = _Server(options, say)
+    serve = _Server(options, say, requests.get)
     while True:
         request = json.loads(requests.get())
         try:
@@ -77,8 +77,8 @@ def main() -> None:
 class _Server:
     """Answers requests with a `SiteTrainer`, made at the first one so that its errors find their way to the parent."""
 
-    def __init__(self, options: dict[str, Any], say: Callable[[Mapping[str, Any]], None]):
-        self._options, self._say = options, say
+    def __init__(self, options: dict[str, Any], say: Callable[[Mapping[str, Any]], None], hear: Callable[[], str]):
+        self._options, self._say, self._hear = options, say, hear
         self._work = Path(options["work"])
         self._trainer: Any = None
         self._beaten = 0.0
@@ -91,6 +91,7 @@ class _Server:
             from heterosync.federation.site import SiteTrainer
 
             self._trainer = SiteTrainer(**self._options, log=self._progress)
+            self._trainer.exchange = self._exchange
         arguments, call = dict(request["arguments"]), request["call"]
         layout = request["layout"]
         shared = TensorFile(self._work / "request.tensors", layout).read() if layout else None
@@ -104,6 +105,14 @@ class _Server:
         if call == "validate":
             return {"value": self._trainer.validate(shared=shared, **arguments)}
         raise ValueError(f"unknown call '{call}'")
+
+    def _exchange(self, step: int, parcel: Mapping[str, Any]) -> dict[str, Any]:
+        """A step of a network that is cut: the parent asks the server."""
+        from heterosync.federation.tensorfile import TensorFile
+
+        file = self._work / "step.tensors"
+        self._say({"step": step, "layout": TensorFile(file).write(parcel).layout})
+        return TensorFile(file, json.loads(self._hear())["layout"]).read()
 
     def _beat(self) -> None:
         now = time.monotonic()

@@ -1,7 +1,8 @@
 """Fusion of the sites' weights: a mean over every tensor, the same to the last bit in whatever order the sites answer.
 
 Paper equation 1: w <- (1/K) sum_k w_k, with equal weights whatever the size of a site, over every tensor of the state
-including BatchNorm statistics and integer counters. Sample weights (FedAvg) are the one variant.
+including BatchNorm statistics and integer counters. Variants: sample weights (FedAvg), and weights by the validation
+score of what a site sends (Sarma et al., JAMIA 2021, Training strategy).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from heterosync.federation.tensorfile import TensorFile, as_array
 from heterosync.federation.wire import signature
 from heterosync.files import make_folder
 
-WEIGHTINGS = ("equal", "samples", "none")
+WEIGHTINGS = ("equal", "samples", "metric", "none")
 _BLOCK = 1 << 16  # elements summed at a time: half a megabyte of float64 stays in the cache of the processor
 
 
@@ -30,18 +31,26 @@ class Fusion:
     """Collects the contributions of one round and means them.
 
     reference: name -> tensor, numpy array or (shape, type) pair; every contribution must have exactly these.
-    weighting: "equal" (paper equation 1), "samples" (n_k / n), "none" (contributions carry metrics only).
+    weighting: "equal" (paper equation 1), "samples" (n_k / n), "metric" (s_k / s, where s_k is the scalar `metric` that
+    site k reports of the weights it sends; equal where all of them are 0), "none" (contributions carry metrics only).
     spill: a folder; contributions then wait on disk, so that memory does not grow with the number of sites. The files
     are written over in the next round and deleted with this object.
 
     Contributions are summed in float64 in the order of site names; integer tensors are rounded to the nearest integer.
     """
 
-    def __init__(self, reference: Mapping[str, Any], weighting: str, method: str, spill: Path | None = None):
+    def __init__(
+        self,
+        reference: Mapping[str, Any],
+        weighting: str,
+        method: str,
+        spill: Path | None = None,
+        metric: str = "",
+    ):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting '{weighting}' is not one of {WEIGHTINGS}")
         self.reference = {name: signature(value) for name, value in reference.items()}
-        self.weighting, self.method = weighting, method
+        self.weighting, self.method, self._metric = weighting, method, metric
         self.refused: dict[str, str] = {}
         self._spill = make_folder(spill) if spill is not None else None
         if spill is not None:
@@ -49,7 +58,7 @@ class Fusion:
             weakref.finalize(self, _empty, spill)
         self._lock = threading.Lock()  # answers may come in on several threads
         self._round = -1
-        self._samples: dict[str, int] = {}
+        self._weights: dict[str, float] = {}  # of the sites accepted in this round
         self._held: dict[str, _Kept | TensorFile] = {}
         self._wrap: Callable[[str, np.ndarray], Any] = _container({})
 
@@ -58,13 +67,13 @@ class Fusion:
         with self._lock:
             self._held = {}
             self._round = round_
-            self._samples = {}
+            self._weights = {}
             self.refused = {}
 
     @property
     def contributors(self) -> list[str]:
         """Sites accepted in this round, in name order."""
-        return sorted(self._samples)
+        return sorted(self._weights)
 
     def accept(self, contribution: Contribution) -> None:
         """Take a contribution in whole, or take nothing of it and raise `ContributionRefused` with site and reason."""
@@ -81,7 +90,7 @@ class Fusion:
                 self._held[site] = _Kept(arrays)
             else:
                 self._held[site] = TensorFile(self._spill / f"{len(self._held)}.contribution").write(arrays)
-            self._samples[site] = int(contribution.samples)
+            self._weights[site] = self._weight(contribution)
 
     def result(self) -> dict[str, Any]:
         """The fused state, in the containers that came in (torch or numpy). The contributions are dropped."""
@@ -89,7 +98,9 @@ class Fusion:
             if not self._held:
                 raise HeteroSyncError(f"round {self._round}: no contribution to fuse")
             sites = sorted(self._held)
-            weights = [float(self._samples[site]) if self.weighting == "samples" else 1.0 for site in sites]
+            weights = [self._weights[site] for site in sites]
+            if not any(weights):
+                weights = [1.0] * len(sites)
             parts = [self._held[site] for site in sites]
             fused = {
                 name: self._wrap(name, _mean(parts, weights, name, shape, dtype))
@@ -104,6 +115,11 @@ class Fusion:
         if self._spill is not None:
             _empty(self._spill)
 
+    def _weight(self, contribution: Contribution) -> float:
+        if self.weighting == "samples":
+            return float(int(contribution.samples))
+        return float(contribution.metrics[self._metric]) if self.weighting == "metric" else 1.0
+
     def _checked(self, contribution: Contribution) -> dict[str, np.ndarray]:
         def refuse(reason: str) -> ContributionRefused:
             return ContributionRefused(contribution.site, reason)
@@ -112,10 +128,15 @@ class Fusion:
             raise refuse(f"it is of method '{contribution.method}', this run trains '{self.method}'")
         if contribution.round != self._round:
             raise refuse(f"it is of round {contribution.round}, this is round {self._round}")
-        if contribution.site in self._samples:
+        if contribution.site in self._weights:
             raise refuse("the site has contributed to this round already")
         if self.weighting == "samples" and not contribution.samples > 0:
             raise refuse(f"it reports {contribution.samples} training images, at least 1 is needed")
+        score = contribution.metrics.get(self._metric) if self.weighting == "metric" else 0.0
+        if score is None:
+            raise refuse(f"it reports no {self._metric}, by which sites are weighed here")
+        if not 0 <= score < math.inf:  # also false for NaN
+            raise refuse(f"its {self._metric} is {score}, by which sites are weighed here: it must be 0 or more")
         for name in self.reference:
             if name not in contribution.tensors:
                 raise refuse(f"tensor '{name}' is missing")

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from heterosync.methods import get_method
 from heterosync.methods.base import Method
-from heterosync.models import resolved_weights
-from heterosync.training.settings import TrainingSettings
 
 
 def initial_state(method: Method) -> dict[str, Tensor]:
@@ -28,15 +26,15 @@ def initial_weights(method: str, training: Mapping[str, Any] | None) -> str | No
     """
     if get_method(method).weighting == "none":
         return None
-    settings = TrainingSettings.from_dict(training)
-    return resolved_weights(settings.weights, settings.backbone)
+    task = get_method(method).task
+    return task.initial_weights(task.Settings.from_dict(training))
 
 
 def own_weights(method: Method, model: nn.Module) -> str | None:
     """What a site's own first weights are; None where every tensor of `model` comes from the server."""
     if set(method.shared_names(model)) == set(model.state_dict()):
         return None
-    return resolved_weights(method.training.weights, method.training.backbone)
+    return method.task.initial_weights(method.training)
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from heterosync import __version__
 from heterosync.errors import UserError
 from heterosync.files import link_file, write_stream
-from heterosync.methods import make_method
+from heterosync.methods import get_method, make_method
 from heterosync.methods.base import Method
-from heterosync.models.encoder import resolved_weights
-from heterosync.training.settings import TrainingSettings
 
 FORMAT = "heterosync model 1"
 #: The global models of a run folder: after the last round, and the one with the best mean validation AUC so far.
@@ -67,7 +65,7 @@ class ModelFile:
         self._check(model, set(method.shared_names(model)))
 
     def _made(self) -> tuple[Method, nn.Module]:
-        method = make_method(self.method, self.method_settings, TrainingSettings.from_dict(self.training))
+        method = make_method(self.method, self.method_settings, self.training)
         return method, method.build_model(weights="none")  # its values are in this file
 
     def _check(self, model: nn.Module, expected: set[str]) -> None:
@@ -108,7 +106,7 @@ def save_model(
         "round": int(round_),
         "state": {name: torch.as_tensor(value).detach().cpu() for name, value in state.items()},
         "assets": dict(extra or {}),
-        "versions": {**_made_here(_plain(training)), **(versions or {})},
+        "versions": {**_made_here(method, _plain(training)), **(versions or {})},
     }
     return write_stream(path, lambda file: torch.save(content, file))
 
@@ -146,16 +144,17 @@ def load_model(path: Path | str, method: str | None = None) -> ModelFile:
     return model
 
 
-def keep_as_best(last: Path, best: Path) -> Path:
-    """Make `best` what `last` is now."""
-    return link_file(last, best)
+def keep_as_best(folder: Path) -> None:
+    """Make the best model of a run folder what its last one is now; nothing where there is none yet."""
+    if (folder / LAST_MODEL).exists():
+        link_file(folder / LAST_MODEL, folder / BEST_MODEL)
 
 
-def _made_here(training: Mapping[str, Any]) -> dict[str, str]:
+def _made_here(method: str, training: Mapping[str, Any]) -> dict[str, str]:
     """What made a model, and from which weights it started (see `resolved_weights`; "unknown": they are not here)."""
-    known = TrainingSettings.from_dict({name: training[name] for name in ("weights", "backbone") if name in training})
+    task = get_method(method).task
     try:
-        weights = resolved_weights(known.weights, known.backbone)
+        weights = task.initial_weights(task.Settings.from_dict(training))
     except UserError:
         weights = "unknown"
     return {"heterosync": __version__, "torch": str(torch.__version__), INITIAL_WEIGHTS: weights}

@@ -18,13 +18,12 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from heterosync.federation.checkin import versions
 from heterosync.federation.initial import initial_weights
 from heterosync.files import make_folder, read_json, write_json, write_text
+from heterosync.methods import get_method
+from heterosync.training import CLASSIFICATION
 
 HISTORY, CROSS_SITE, RUN, TENSORBOARD = "history.csv", "cross_site_metrics.json", "run.json", "tensorboard"
 #: Name that the mean over sites has beside the names of the sites.
 MEAN = "mean"
-#: What is averaged over sites; counts are not.
-_AVERAGED = ("auc", "accuracy", "recall", "precision")
-
 log = logging.getLogger("heterosync")
 
 
@@ -35,14 +34,16 @@ class RunRecorder:
     run.json as it is, beside `initial_weights` (imagenet, none, a file's hash; null: see each site's check-in).
     start_round: 0 starts a new record, r > 0 goes on with the record in `folder` after r rounds.
 
-    history.csv holds rows (round, site, metric, value). The `val_auc_received` of round r is the score of the global
-    model after r rounds; the last fusion R has a row of its own. cross_site_metrics.json is model -> site -> metrics,
-    with the site `mean` for the plain means over sites and the number of `sites`.
+    history.csv holds rows (round, site, metric, value). The `val_auc_received` (of volumes `val_dice_received`) of
+    round r is the score of the global model after r rounds; the last fusion R has a row of its own.
+    cross_site_metrics.json is model -> site -> metrics, with the site `mean` for the plain means over sites and the
+    number of `sites`.
     """
 
     def __init__(self, folder: Path | str, info: Mapping[str, Any], start_round: int = 0):
         self.folder = make_folder(folder)
         self._began = time.monotonic()
+        self._task = get_method(info["method"]).task if "method" in info else CLASSIFICATION
         self._run: dict[str, Any] = {
             **info,
             "versions": dict(versions()),
@@ -79,7 +80,7 @@ class RunRecorder:
 
     def site_done(self, round_: int, site: str, metrics: Mapping[str, float]) -> None:
         """Say that a site's contribution of a round is in; nothing is written."""
-        log.info("round %s, site %s: %s", self._of_total(round_), site, _in_words(metrics))
+        log.info("round %s, site %s: %s", self._of_total(round_), site, self._in_words(metrics))
 
     def round_done(
         self,
@@ -103,15 +104,15 @@ class RunRecorder:
         )
         self._add(round_, metrics)
         self._write()
-        mean = _mean([scalars.get("val_auc_received") for scalars in metrics.values()])
-        score = f", mean validation AUC before it {mean:.3f}" if mean is not None else ""
+        mean = _mean([scalars.get(self._task.received) for scalars in metrics.values()])
+        score = f", mean validation {self._task.shown} before it {mean:.3f}" if mean is not None else ""
         left = f", about {_duration(self._time_left(round_))} left" if self._total > round_ + 1 else ""
         who = ", ".join(sorted(contributors)) or "nobody"
         log.info("round %s done in %s by %s%s%s", self._of_total(round_), _duration(seconds), who, score, left)
 
-    def validation(self, round_: int, aucs: Mapping[str, float | None]) -> None:
-        """Record the validation AUC by site of the global model after `round_` rounds, the last fusion."""
-        known = {site: {"val_auc_received": value} for site, value in aucs.items() if value is not None}
+    def validation(self, round_: int, scores: Mapping[str, float | None]) -> None:
+        """Record the validation score by site of the global model after `round_` rounds, the last fusion."""
+        known = {site: {self._task.received: value} for site, value in scores.items() if value is not None}
         self._add(round_, known)
         self._write()
 
@@ -121,11 +122,11 @@ class RunRecorder:
         sites.pop(MEAN, None)
         sites[site] = dict(metrics)
         ordered: dict[str, dict[str, Any]] = {name: sites[name] for name in sorted(sites)}
-        means = {name: _mean([values.get(name) for values in ordered.values()]) for name in _AVERAGED}
+        means = {name: _mean([values.get(name) for values in ordered.values()]) for name in self._task.averaged}
         self._cross[model] = {**ordered, MEAN: {**means, "sites": len(ordered)}}
         values = [
             Summary.Value(tag=f"test_{name}/{site}/{model}", simple_value=float(metrics[name]))
-            for name in _AVERAGED
+            for name in self._task.averaged
             if metrics.get(name) is not None
         ]
         step = len(self._run["rounds"])
@@ -167,9 +168,9 @@ class RunRecorder:
             for name, value in metrics[site].items():
                 self._history.append([round_, site, name, value])
                 values.append(Summary.Value(tag=f"{name}/{site}", simple_value=float(value)))
-        mean = _mean([scalars.get("val_auc_received") for scalars in metrics.values()])
+        mean = _mean([scalars.get(self._task.received) for scalars in metrics.values()])
         if mean is not None:
-            values.append(Summary.Value(tag=f"val_auc_received/{MEAN}", simple_value=mean))
+            values.append(Summary.Value(tag=f"{self._task.received}/{MEAN}", simple_value=mean))
         self._events.add_event(Event(wall_time=time.time(), step=round_, summary=Summary(value=values)))
 
     def _write(self) -> None:
@@ -184,6 +185,18 @@ class RunRecorder:
     def _time_left(self, round_: int) -> float:
         recent = [record["seconds"] for record in self._run["rounds"][-5:]]
         return sum(recent) / len(recent) * (self._total - round_ - 1)
+
+    def _in_words(self, metrics: Mapping[str, float]) -> str:
+        parts = []
+        if self._task.received in metrics:
+            parts.append(f"validation {self._task.shown} received {metrics[self._task.received]:.3f}")
+        if self._task.best in metrics:
+            parts.append(f"best {metrics[self._task.best]:.3f}")
+        if "train_loss" in metrics:
+            parts.append(f"loss {metrics['train_loss']:.4f}")
+        if "seconds" in metrics:
+            parts.append(_duration(metrics["seconds"]))
+        return ", ".join(parts) or "done"
 
     def _of_total(self, round_: int) -> str:
         return f"{round_ + 1}/{self._total}" if self._total else str(round_ + 1)
@@ -206,19 +219,6 @@ def _now() -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _in_words(metrics: Mapping[str, float]) -> str:
-    parts = []
-    if "val_auc_received" in metrics:
-        parts.append(f"validation AUC received {metrics['val_auc_received']:.3f}")
-    if "val_auc_best" in metrics:
-        parts.append(f"best {metrics['val_auc_best']:.3f}")
-    if "train_loss" in metrics:
-        parts.append(f"loss {metrics['train_loss']:.4f}")
-    if "seconds" in metrics:
-        parts.append(_duration(metrics["seconds"]))
-    return ", ".join(parts) or "done"
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from heterosync.errors import HeteroSyncError, ProblemList
 from heterosync.federation import checkin
+from heterosync.federation.contribution import Contribution
 from heterosync.federation.initial import initial_state, state_hash
 from heterosync.federation.modelfile import (
     BEST_MODEL,
@@ -26,18 +27,19 @@ from heterosync.federation.results import RUN, RunRecorder
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.server import Server, assets_of, memory_of
 from heterosync.federation.site import OWN_MODEL, SiteTrainer
+from heterosync.federation.split import Ask, Exchange, together
 from heterosync.federation.trainings import (
     Standing,
+    begin_from,
     changed_ground,
-    changed_sites,
-    copy_training,
+    hold_run,
     learning_info,
     standing,
 )
 from heterosync.federation.wire import WirePolicy, payload_bytes
-from heterosync.files import make_folder, new_folder, read_json, write_json
-from heterosync.methods import get_method, make_method
-from heterosync.training.settings import TrainingSettings
+from heterosync.files import make_folder, read_json
+from heterosync.methods import make_method
+from heterosync.training.settings import LoopSettings
 
 #: What trains in place of the sites where a method pools their images.
 POOL = "pooled"
@@ -56,7 +58,7 @@ class RunSummary:
     best_round: int | None = None
     plateau_round: int | None = None
     state_hash: str | None = None
-    validation: list[float | None] = field(default_factory=list)  # mean AUC of the models 0, 1, …, rounds
+    validation: list[float | None] = field(default_factory=list)  # mean score of the models 0, 1, …, rounds
     metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
@@ -87,25 +89,15 @@ def run_inprocess(
     round with the number of finished rounds; True ends the run, which may go on later. progress: gets a dictionary with
     "event" ("site", "round", "test") and what belongs to it.
 
-    Raises `UserError` for settings, site folders and an `out` that do not fit, before anything is trained.
+    Raises `UserError` for settings, site folders and an `out` that do not fit, before anything is trained; also when
+    another process runs in `out`, or in the folder of the earlier run.
     """
-    if resume is not None and not (Path(out) / RUN).exists():
-        _begin_from(Path(resume), Path(out), learning_info(method_name, method_settings, training), sorted(sites))
-    run = _Run(method_name, sites, Path(out), dict(method_settings or {}), dict(training or {}), progress)
-    return run.play(anchors_may_differ, run.method.min_sites if min_sites is None else min_sites, stop)
-
-
-def _begin_from(earlier: Path, out: Path, mine: Mapping[str, Any], sites: list[str]) -> None:
-    """Make `out` a run of `sites` that stands where `earlier` does. Raises `UserError` before anything is written."""
-    method = get_method(str(mine["method"]))
-    standing(earlier, mine, method.weighting != "none", Scoreboard(TrainingSettings()))
-    record = read_json(earlier / RUN)
-    problems = changed_sites(record, sites) if method.needs_all else []
-    if problems:
-        raise ProblemList(problems)
-    with new_folder(out) as folder:
-        copy_training(earlier, folder)
-        write_json(folder / RUN, {**record, "sites": sites})
+    out, mine = Path(out), learning_info(method_name, method_settings, training)
+    if resume is not None and not (out / RUN).exists():
+        begin_from(Path(resume), out, mine, sorted(sites))
+    with hold_run(make_folder(out)):
+        run = _Run(method_name, sites, out, dict(method_settings or {}), dict(training or {}), progress)
+        return run.play(anchors_may_differ, run.method.min_sites if min_sites is None else min_sites, stop)
 
 
 class _Run:
@@ -118,8 +110,8 @@ class _Run:
         training: dict[str, Any],
         progress: Callable[[dict[str, Any]], None] | None,
     ):
-        self.training = TrainingSettings.from_dict(training)
-        self.method = make_method(method, settings, self.training)
+        self.method = make_method(method, settings, training)
+        self.training: LoopSettings = self.method.training
         self.shares = self.method.weighting != "none"
         self.out, self.tell = make_folder(out), progress or (lambda event: None)
         self.board = Scoreboard(self.training)
@@ -153,6 +145,8 @@ class _Run:
         self.labels = first["labels"]
         self.info.update(labels=self.labels, anchor_digest=first["anchor_digest"])
         state = self._start()
+        if self.server.tail is not None:
+            self.server.tail.checked_in(reports)
         self.recorder = RunRecorder(self.out, self.info, self.done)
         self.recorder.checked_in(reports)
         try:
@@ -171,31 +165,33 @@ class _Run:
             best_round=self.board.best,
             plateau_round=self.board.plateau,
             state_hash=state_hash(state) if state else None,
-            validation=[self.board.mean(model) for model in sorted(self.board.aucs)] if self.shares else [],
+            validation=[self.board.mean(model) for model in sorted(self.board.scores)] if self.shares else [],
             metrics=self.metrics,
         )
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     def _rounds(self, state: dict[str, Tensor], stop: Callable[[int], bool] | None) -> tuple[dict[str, Tensor], str]:
-        policy = WirePolicy(self.method.name, state)
+        policy = WirePolicy(self.method.name, {} if self.method.split else state)
         while self.done < self.training.rounds and not self.board.should_stop:
             if stop is not None and stop(self.done):
                 return state, "stopped: on request"
             round_, began = self.done, time.perf_counter()
             self.server.start(round_, state)
             metrics, payload = {}, {}
-            for name, site in self.sites.items():
-                contribution = site.train(round_, state)
+            exchanged: dict[str, int] = {}
+            for name, contribution in self._trained(round_, state, exchanged):
                 policy.check(contribution.tensors, contribution.metrics)
                 self.server.accept(contribution)
                 metrics[name] = contribution.metrics
                 payload[name] = 0 if self.method.pooled else payload_bytes(contribution.tensors)
+                payload[name] += exchanged.get(name, 0)
                 self.recorder.site_done(round_, name, contribution.metrics)
                 self.tell({"event": "site", "round": round_, "site": name, "metrics": contribution.metrics})
-            aucs = {name: values.get("val_auc_received") for name, values in metrics.items()}
-            if self.shares and self.board.add(round_, aucs):
-                keep_as_best(self.out / LAST_MODEL, self.out / BEST_MODEL)
+            received = self.method.task.received
+            scores = {name: values.get(received) for name, values in metrics.items()}
+            if self.shares and self.board.add(round_, scores):
+                keep_as_best(self.out)
             state = self.server.result()
             seconds = time.perf_counter() - began
             # First the record, then the model: a run cut off in between repeats the round, with the same outcome.
@@ -205,17 +201,39 @@ class _Run:
                 self._save(state, round_ + 1)
             self.done = round_ + 1
             mean = self.board.mean(round_)
-            self.tell({"event": "round", "round": round_, "seconds": seconds, "val_auc_received": mean})
+            self.tell({"event": "round", "round": round_, "seconds": seconds, received: mean})
         return state, "completed"
+
+    def _trained(
+        self, round_: int, state: dict[str, Tensor], exchanged: dict[str, int]
+    ) -> Iterator[tuple[str, Contribution]]:
+        """Train the sites, one after the other or, where the network is cut, in step; `exchanged` gets its bytes."""
+        tail = self.server.tail
+        if tail is None:
+            yield from ((name, site.train(round_, state)) for name, site in self.sites.items())
+            return
+        exchange, items = Exchange(list(self.sites), tail.answer), tail.items
+
+        def part(site: SiteTrainer) -> Callable[[Ask], Contribution]:
+            def train(ask: Ask) -> Contribution:
+                site.exchange = ask
+                return site.train(round_, state, items)
+
+            return train
+
+        done = together({name: part(site) for name, site in self.sites.items()}, exchange)
+        exchanged.update(exchange.bytes)
+        yield from done.items()
 
     def _evaluate(self, state: dict[str, Tensor]) -> None:
         if not self.shares:
             self._test(OWN_MODEL, None)
             return
-        aucs = {name: site.validate(state, "validation", "last").get("auc") for name, site in self.sites.items()}
-        self.recorder.validation(self.done, aucs)
-        if self.board.add(self.done, aucs):
-            keep_as_best(self.out / LAST_MODEL, self.out / BEST_MODEL)
+        metric = self.method.task.metric
+        scores = {name: site.validate(state, "validation", "last").get(metric) for name, site in self.sites.items()}
+        self.recorder.validation(self.done, scores)
+        if self.board.add(self.done, scores):
+            keep_as_best(self.out)
         self.recorder.note(best_round=self.board.best, plateau_round=self.board.plateau)
         if self.method.personal:
             self._test(OWN_MODEL, None)

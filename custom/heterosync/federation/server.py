@@ -11,6 +11,7 @@ from torch import Tensor
 from heterosync.errors import UserError
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.fusion import Fusion
+from heterosync.federation.split import Tail
 from heterosync.methods.base import Method
 
 #: Before the names of the server's tensors among the assets of a model file.
@@ -41,12 +42,15 @@ class Server:
                 why = "what its server remembers of the rounds before is missing or does not fit"
                 raise UserError(f"method {method.name} cannot go on from the stored model: {why}: begin a new training")
             self.memory = dict(memory)
-        self.fusion = Fusion(state, method.weighting, method.name, spill)
+        self.tail = Tail(method, state, self.memory) if method.split else None
+        self.fusion = Fusion({} if method.split else state, method.weighting, method.name, spill, method.task.best)
 
     def start(self, round_: int, sent: Mapping[str, Any]) -> None:
         """Begin a round, for which the sites get the state `sent`."""
         self._sent = sent
         self.fusion.start(round_)
+        if self.tail is not None:
+            self.tail.start(round_, sent)
 
     def accept(self, contribution: Contribution) -> None:
         """As `Fusion.accept`."""
@@ -55,6 +59,8 @@ class Server:
     def result(self) -> dict[str, Any]:
         """The next global state; call it once per round."""
         fused = self.fusion.result()
+        if self.tail is not None:  # trained step by step; what came in last are only scalars
+            return self.tail.state()
         return self._method.combine(self._sent, fused, self.memory, len(self.fusion.contributors))
 
 

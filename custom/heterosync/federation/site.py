@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterosync.data.dataset import SiteData, load_site
-from heterosync.data.pool import load_pool
 from heterosync.data.site import MANIFEST
 from heterosync.errors import ProblemList, UserError
 from heterosync.federation import checkin
@@ -23,23 +21,20 @@ from heterosync.federation.contribution import Contribution
 from heterosync.federation.initial import own_weights
 from heterosync.federation.modelfile import OWN_BEST, load_model, save_model
 from heterosync.federation.predictions import write_predictions
+from heterosync.federation.split import Ask, meet, refuse_own_batches
 from heterosync.federation.trainings import difference
 from heterosync.federation.wire import WirePolicy, is_site_name, reportable
 from heterosync.files import make_folder, read_json, write_json
 from heterosync.methods import make_method
 from heterosync.training.checks import check_device
-from heterosync.training.evaluation import Evaluation
 from heterosync.training.loop import LocalTrainer
 from heterosync.training.precision import choose_precision
 from heterosync.training.selection import BestRound
-from heterosync.training.settings import TrainingSettings
 from heterosync.training.state import snapshot
+from heterosync.training.task import LocalData, Outcome
 
 #: What each site's own best model is called.
 OWN_MODEL = "local"
-
-#: Name of the validation AUC (NaN: undefined) in the file of a site's own best model.
-OWN_AUC = "validation_auc"
 
 #: Environment variable with the number of CPU threads of a trainer.
 THREADS = "HETEROSYNC_THREADS"
@@ -86,13 +81,15 @@ class SiteTrainer:
             raise UserError(f"site name '{site}': use letters, digits, '-', '_' and '.', at most 63 of them")
         self.site, self.folder, self.work = site, folder, Path(work)
         self._results = Path(results) if results is not None else self.work / "results"
-        self.method = make_method(method_name, dict(method_settings or {}), TrainingSettings.from_dict(training or {}))
+        self.method = make_method(method_name, dict(method_settings or {}), training)
+        self.task = self.method.task
         self._log = log or logging.getLogger("heterosync").info
         make_folder(self.work)
         self._claim()
         self._opened: LocalTrainer | None = None
         self._manifest = ""
         self._finished: int | None = None  # the round that was trained last
+        self.exchange: Ask | None = None  # how a site whose network is cut asks the server, set before each round
 
     # -- what a federation asks ----------------------------------------------------------------------------------------
 
@@ -114,17 +111,22 @@ class SiteTrainer:
         WirePolicy(self.method.name, {}).check_report(report)
         return report
 
-    def train(self, round_: int, shared: Mapping[str, Tensor] | None) -> Contribution:
+    def train(self, round_: int, shared: Mapping[str, Tensor] | None, items: int = 0) -> Contribution:
         """Train round `round_` from the state `shared`; the best snapshot's shared tensors and the round's metrics.
 
-        Asked again for the round it finished last, with the same state, it answers the same without training.
+        Asked again for the round it finished last, with the same state, it answers the same without training. Not so
+        where the network is cut: its round goes through `exchange`, with as many `items` per epoch at every site.
         """
-        trainer = self._with_new_images(self._trainer())
+        trainer = self._trainer()
+        if self.method.split:  # new images would be more steps: they join with the next job
+            meet(self.site, self.method, trainer.model, len(trainer.data.splits["train"]), items, self.exchange)
+        else:
+            trainer = self._with_new_images(trainer)
         result = trainer.train_round(round_, shared or None)
         self._finished = round_
-        names = self.method.shared_names(trainer.model)
-        if not names:
-            self._keep_own_best(round_, result.metrics.get("val_auc_best"), result.state)
+        names = self.method.returned_names(trainer.model)
+        if not self.method.shared_names(trainer.model):
+            self._keep_own_best(round_, result.metrics.get(self.task.best), result.state)
         return Contribution(
             site=self.site,
             method=self.method.name,
@@ -141,14 +143,15 @@ class SiteTrainer:
         round, the outcome is a candidate for the own best model.
 
         For the test split, the results folder gets predictions.csv and metrics.json, one entry per `model_name`.
-        Returned are the defined scalars only: auc, ci_low, ci_high, accuracy, recall, precision, n, n_positive.
+        Returned are the defined scalars only: auc, ci_low, ci_high, accuracy, recall, precision, n, n_positive; for
+        volumes dice, dice_sd, ci_low, ci_high, hd95, volume_error, n, n_missed.
         """
         trainer = self._trainer()
         result = trainer.evaluate(split, shared) if shared else self._evaluate_own(trainer, split)
         if shared and split == "validation" and self.method.personal and self._finished is not None:
-            self._keep_own_best(self._finished, result.metrics["auc"], trainer.state_with(shared))
+            self._keep_own_best(self._finished, result.metrics[self.task.metric], trainer.state_with(shared))
         if split == "test":
-            write_predictions(self._results, self.site, result, split, model_name)
+            write_predictions(self._results, self.site, self.task.columns, result, split, model_name)
         return reportable(result.metrics)
 
     # -- opening -------------------------------------------------------------------------------------------------------
@@ -166,6 +169,7 @@ class SiteTrainer:
         if threads is not None:
             torch.set_num_threads(threads)
         if data.config.batch_size is not None:
+            refuse_own_batches(self.site, self.method, data.config.batch_size)
             self.method.training = replace(settings, batch_size=data.config.batch_size)
         device = data.config.device
         if device == "auto":
@@ -173,22 +177,21 @@ class SiteTrainer:
         check_device(self.site, torch.device(device))
         return self._over(data, device, self._precision(device))
 
-    def _load(self) -> SiteData:
-        settings = self.method.training
-        load: Callable[..., SiteData] = load_pool if self.method.pooled else load_site
+    def _load(self) -> LocalData:
+        method = self.method
         try:
-            return load(self.folder, settings.image_size, settings.channels, need_anchor=self.method.uses_anchor)
+            return self.task.load(self.folder, method.training, method.uses_anchor, method.pooled)
         except UserError as error:
             raise ProblemList([f"site {self.site}: {line}" for line in str(error).splitlines()]) from error
 
-    def _over(self, data: SiteData, device: str, precision: str) -> LocalTrainer:
+    def _over(self, data: LocalData, device: str, precision: str) -> LocalTrainer:
         trainer = LocalTrainer(self.method, data, self.site, device, precision, self.work, self._report)
         finished = self._finished = trainer.restore()
         if self.method.personal and self.method.shared_names(trainer.model):
-            trainer.received = lambda round_, auc: self._received(trainer, round_, auc)
+            trainer.received = lambda round_, score: self._received(trainer, round_, score)
         again = f", goes on after round {finished}" if finished is not None else ""
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
-        self._log(f"site {self.site}: {counts} images; {device}, {precision}{again}")
+        self._log(f"site {self.site}: {counts} {self.task.items}; {device}, {precision}{again}")
         return trainer
 
     def _with_new_images(self, trainer: LocalTrainer) -> LocalTrainer:
@@ -245,19 +248,19 @@ class SiteTrainer:
 
     # -- own models and results ----------------------------------------------------------------------------------------
 
-    def _received(self, trainer: LocalTrainer, round_: int, auc: float | None) -> None:
+    def _received(self, trainer: LocalTrainer, round_: int, score: float | None) -> None:
         """A personal method's model of the round before, fused: what this site would use from now on."""
         if round_ > 0:  # the initial model is never the best
-            self._keep_own_best(round_ - 1, auc, snapshot(trainer.model))
+            self._keep_own_best(round_ - 1, score, snapshot(trainer.model))
 
     def _keep_own_best(self, round_: int, value: float | None, state: Mapping[str, Tensor]) -> None:
-        """Of the models of this site alone, keep the one with the highest validation AUC (ties: the later round)."""
-        file = self.work / OWN_BEST
+        """Of the models of this site alone, keep the one with the highest validation score (ties: the later round)."""
+        file, kept_as = self.work / OWN_BEST, f"validation_{self.task.metric}"  # NaN: undefined
         best = BestRound()
         if file.exists() and round_ > 0:
             known = load_model(file, self.method.name)
-            auc = float(known.assets[OWN_AUC])
-            best.update(known.round - 1, None if math.isnan(auc) else auc)
+            earlier = float(known.assets[kept_as])
+            best.update(known.round - 1, None if math.isnan(earlier) else earlier)
         if best.update(round_, value):
             save_model(
                 file,
@@ -267,10 +270,10 @@ class SiteTrainer:
                 state,
                 self._trainer().data.labels,
                 round_ + 1,
-                {OWN_AUC: torch.tensor(math.nan if value is None else value, dtype=torch.float64)},
+                {kept_as: torch.tensor(math.nan if value is None else value, dtype=torch.float64)},
             )
 
-    def _evaluate_own(self, trainer: LocalTrainer, split: str) -> Evaluation:
+    def _evaluate_own(self, trainer: LocalTrainer, split: str) -> Outcome:
         file = self.work / OWN_BEST
         if not file.exists():
             return trainer.evaluate(split)
@@ -283,6 +286,8 @@ class SiteTrainer:
 
     def _report(self, event: Mapping[str, Any]) -> None:
         where = f"round {event['round'] + 1}/{event['rounds']}, epoch {event['epoch'] + 1}/{event['epochs']}"
-        auc = "undefined" if event["val_auc"] is None else f"{event['val_auc']:.3f}"
+        value = event[f"val_{self.task.metric}"]
+        reached = f", validation {self.task.shown} " + ("undefined" if value is None else f"{value:.3f}")
+        score = "" if self.method.split else reached
         pace = f"{event['seconds_per_epoch']:.1f} s per epoch"
-        self._log(f"site {self.site}: {where}: loss {event['train_loss']:.4f}, validation AUC {auc}, {pace}")
+        self._log(f"site {self.site}: {where}: loss {event['train_loss']:.4f}{score}, {pace}")

@@ -10,27 +10,33 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from heterosync.errors import UserError
+from heterosync.errors import ProblemList, UserError
 from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL, ModelFile, load_model
 from heterosync.federation.results import CROSS_SITE, HISTORY, RUN, TENSORBOARD, read_history
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.wire import is_site_name
-from heterosync.files import explained, link_file, make_folder, read_json
-from heterosync.methods import make_method
-from heterosync.training.settings import TrainingSettings
+from heterosync.files import copy_file, explained, held, link_file, make_folder, new_folder, read_json, write_json
+from heterosync.methods import get_method, make_method
+from heterosync.training.settings import LoopSettings
 
 #: Environment variable with another place for trainings, as `<it>/<participant>/<id>/`.
 TRAININGS = "HETEROSYNC_TRAININGS"
-_FOLDER = "trainings"
+#: The folder beside the job folders that keeps them.
+STORE = "trainings"
 #: What the server is called among the participants, whatever its host name.
 SERVER = "server"
 #: What an error says of a training that is not where a job looked for it.
 NOT_STORED = "is not stored"
+#: In the folder of a training: the user who began it.
+OWNER = "owner.json"
+#: FLARE's role that may go on with everybody's trainings.
+PROJECT_ADMIN = "project_admin"
 #: `status` in run.json of a segment that ended as planned while rounds remain.
 SEGMENT_DONE = "stopped: end of the segment"
 
@@ -43,28 +49,53 @@ def training_folder(root: Path, participant: str, training_id: str, environ: Map
     if not is_site_name(training_id):
         raise UserError("the job's training_id is no id of a job: give the id of the training's first job")
     place = environ.get(TRAININGS)
-    return (Path(place) / participant if place else root / _FOLDER) / training_id
+    return (Path(place) / participant if place else root / STORE) / training_id
+
+
+@dataclass(frozen=True)
+class Submitter:
+    """Who submitted a job, as FLARE's server authenticated them; empty where nobody does, as in the simulator."""
+
+    name: str = ""
+    org: str = ""
+    role: str = ""
+
+
+def claim(folder: Path, submitter: Submitter, begins: bool) -> Path:
+    """Let a job of `submitter` use the training in `folder`; who was there first owns it. Returns the folder.
+
+    begins: the job begins the training; a project admin who goes on with one does not become its owner. Raises
+    `UserError`, which does not say whose training it is, for anybody else.
+    """
+    file, mine = folder / OWNER, {"name": submitter.name, "org": submitter.org}
+    admin = submitter.role == PROJECT_ADMIN
+    if file.exists():
+        if not admin and read_json(file) != mine:
+            line = f"training '{folder.name}' was begun by another user"
+            raise UserError(f"{line}: only they or a project admin may submit a job that goes on with it")
+    elif begins or not admin:
+        write_json(file, mine)
+    return folder
 
 
 def learning_info(
     method: str, method_settings: Mapping[str, Any] | None, training: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What run.json says of what is learned, all defaults included. Raises `UserError` for unknown settings."""
-    settings = TrainingSettings.from_dict(training)
-    made = make_method(method, dict(method_settings or {}), settings)
-    values = {"method": made.name, "method_settings": made.settings.to_dict(), "training": settings.to_dict()}
-    return {**values, "seed": settings.seed}
+    made = make_method(method, dict(method_settings or {}), training)
+    values = {"method": made.name, "method_settings": made.settings.to_dict(), "training": made.training.to_dict()}
+    return {**values, "seed": made.training.seed}
 
 
-def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], free: Collection[str] = ("rounds",)) -> str | None:
     """In words, the first setting that keeps one run from going on with the other's files; None if there is none.
 
-    The number of rounds may differ: a training may go on longer.
+    free: names of settings that may differ; a training may go on for more rounds.
     """
     for key, value in mine.items():
         other = theirs.get(key)
         if isinstance(value, Mapping) and isinstance(other, Mapping):
-            for name in sorted({*value, *other} - {"rounds"}):
+            for name in sorted({*value, *other} - set(free)):
                 if value.get(name) != other.get(name):
                     return f"{key.replace('_', ' ')} '{name}' ({other.get(name)!r}, now {value.get(name)!r})"
         elif value != other:
@@ -98,9 +129,9 @@ def standing(
         return Standing()
     method = str(mine["method"])
     last = load_model(folder / LAST_MODEL, method)
-    received: dict[int, dict[str, float]] = {}
+    score, received = get_method(method).task.received, dict[int, dict[str, float]]()
     for round_, site, metric, value in read_history(folder):
-        if metric == "val_auc_received" and round_ < last.round:
+        if metric == score and round_ < last.round:
             received.setdefault(round_, {})[site] = value
     best = folder / BEST_MODEL
     board.take_up(received, load_model(best, method).round if best.exists() else None)
@@ -138,26 +169,21 @@ class TrainingStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._held: IO[str] | None = None
+        self._held = ExitStack()
 
-    def hold(self, begin: bool) -> None:
+    def hold(self, begin: bool, submitter: Submitter) -> None:
         """Take hold of the training until `release` or the end of this process, however it ends.
 
         begin: a new training, nothing may be left of another one. Raises `UserError` when the training to go on with is
-        not here, or when another job holds it.
+        not here or somebody else's, or when another job holds it.
         """
-        if not begin and not (self.folder / RUN).is_file():
-            known = sorted(path.parent.name for path in self.folder.parent.glob(f"*/{RUN}"))
-            have = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"training '{self.folder.name}' {NOT_STORED} at the server ({have}): check the id")
+        if not begin:
+            if not (self.folder / RUN).is_file():
+                raise UserError(f"training '{self.folder.name}' {NOT_STORED} at the server: check the id")
+            claim(self.folder, submitter, begins=False)
         lock = make_folder(self.folder) / ".lock"
-        with explained(lock):
-            held = lock.open("a", encoding="utf-8")
-        if not _locked(held):
-            held.close()
-            line = f"training '{self.folder.name}' is in use by another job"
-            raise UserError(f"{line}: wait for its end, or abort it, and submit this one again")
-        self._held = held
+        busy = f"training '{self.folder.name}' is in use by another job: wait for its end, or abort it"
+        self._held.enter_context(held(lock, f"{busy}, and submit this one again"))
         if begin:
             with explained(self.folder):
                 for path in self.folder.iterdir():
@@ -165,11 +191,10 @@ class TrainingStore:
                         shutil.rmtree(path)
                     elif path != lock:
                         path.unlink()
+            claim(self.folder, submitter, begins=True)
 
     def release(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        self._held.close()
 
     def fetch(self, run: Path) -> None:
         """Put the files of the training into the run folder of the job that goes on with it."""
@@ -181,31 +206,37 @@ class TrainingStore:
         _copy_record(run, self.folder)
 
 
-def copy_training(source: Path, target: Path) -> None:
-    """Everything of a run folder of the in-process runner, what its sites remember included, at `target`."""
-    _copy_record(source, target)
-    for path in sorted((source / "sites").rglob("*")):
-        if path.is_file():
-            link_file(path, target / path.relative_to(source))
+def hold_run(folder: Path) -> AbstractContextManager[None]:
+    """Hold a run folder of the in-process runner. Raises `UserError` when another process does."""
+    return held(folder / ".lock", f"{folder}: another process runs the training in it: wait for its end")
+
+
+def begin_from(earlier: Path, out: Path, mine: Mapping[str, Any], sites: Sequence[str]) -> None:
+    """Make `out` a run of `sites` by the in-process runner that stands where its run in `earlier` does.
+
+    Raises `UserError` before anything is written.
+    """
+    method = get_method(str(mine["method"]))
+    if not (earlier / RUN).exists():
+        raise UserError(f"{earlier / RUN} does not exist: give the folder of an earlier run")
+    with hold_run(earlier):
+        standing(earlier, mine, method.weighting != "none", Scoreboard(LoopSettings()))
+        record = read_json(earlier / RUN)
+        problems = changed_sites(record, sites) if method.needs_all else []
+        if problems:
+            raise ProblemList(problems)
+        with new_folder(out) as folder:
+            _copy_record(earlier, folder)
+            for path in sorted((earlier / "sites").rglob("*")):
+                if path.is_file():
+                    link_file(path, folder / path.relative_to(earlier))
+            write_json(folder / RUN, {**record, "sites": list(sites)})
 
 
 def _copy_record(source: Path, target: Path) -> None:
-    events = [path.relative_to(source).as_posix() for path in sorted((source / TENSORBOARD).glob("*"))]
-    for name in (BEST_MODEL, HISTORY, CROSS_SITE, RUN, *events, LAST_MODEL):
+    """Events grow in place and are copied; the other files are replaced as a whole, and get a second name."""
+    for path in sorted((source / TENSORBOARD).glob("*")):
+        copy_file(path, target / TENSORBOARD / path.name)
+    for name in (BEST_MODEL, HISTORY, CROSS_SITE, RUN, LAST_MODEL):
         if (source / name).exists():
             link_file(source / name, target / name)
-
-
-def _locked(file: IO[str]) -> bool:
-    """Whether the lock on `file` is ours now; it ends with the process. True where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system without locks
-        return True
-    return True

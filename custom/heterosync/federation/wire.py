@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -23,6 +23,8 @@ METRICS: frozenset[str] = frozenset(
         # local training
         "val_auc_received",
         "val_auc_best",
+        "val_dice_received",
+        "val_dice_best",
         "best_epoch",
         "train_loss",
         "n_train",
@@ -30,9 +32,17 @@ METRICS: frozenset[str] = frozenset(
         "steps",
         "seconds",
         # diagnostics of HeteroSync Learning (models/mechanism.py)
+        "primary_gradient",
+        "anchor_gradient",
         "anchor_gradient_ratio",
         "partner_effect",
         "mixture_share",
+        # evaluation of volumes
+        "dice",
+        "dice_sd",
+        "hd95",
+        "volume_error",
+        "n_missed",
         # evaluation
         "auc",
         "accuracy",
@@ -119,11 +129,12 @@ class WirePolicy:
     """What a site may send for one method.
 
     `reference` maps the names of the shared tensors to tensors or to (shape, type) pairs; it is empty for methods whose
-    weights stay at home. A check raises `Blocked` with the name of the first thing that has no permission to leave.
+    weights stay at home. `parcels`: what a method whose network is cut sends in every step (`Method.parcels`), for at
+    most `batch` images. A check raises `Blocked` with the name of the first thing that has no permission to leave.
     """
 
-    def __init__(self, method: str, reference: Mapping[str, Any]):
-        self.method = method
+    def __init__(self, method: str, reference: Mapping[str, Any], parcels: Sequence[Mapping] = (), batch: int = 0):
+        self.method, self.parcels, self.batch = method, tuple(parcels), batch
         self.reference = {name: signature(value) for name, value in reference.items()}
 
     def check(self, tensors: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
@@ -141,6 +152,21 @@ class WirePolicy:
                 raise self._blocked(f"metric '{str(name)[:80]}' is not on the list of scalars that may leave")
             if not _finite_number(value):
                 raise self._blocked(f"metric '{name}' is not a finite number")
+
+    def check_step(self, tensors: Mapping[str, Any]) -> None:
+        """A message of a step: exactly the tensors of one of the method's, with one part per image of the batch."""
+        form = next((form for form in self.parcels if set(form) == set(tensors)), None)
+        if form is None:
+            what = ", ".join(f"'{str(name)[:40]}'" for name in sorted(map(str, tensors))) or "nothing"
+            raise self._blocked(f"a step's message with {what} is not one that the method sends")
+        for name, (shape, dtype) in form.items():
+            value = tensors[name]
+            if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+                raise self._blocked(f"'{name}' is a {type(value).__name__}, not a tensor")
+            found, kind = signature(value)
+            if kind != dtype or found[1:] != tuple(shape) or not found or not 1 <= found[0] <= self.batch + 1:
+                largest = f"up to {self.batch + 1} of {tuple(shape)}"  # a last image alone joins the batch before it
+                raise self._blocked(f"tensor '{name}' has shape and type {(found, kind)}, not {largest}, {dtype}")
 
     def check_report(self, report: Mapping[str, Any]) -> None:
         """The message of a check-in: only the fields of `CHECK_IN`, each in its form. Values are never quoted."""

@@ -24,9 +24,12 @@ from torch import Tensor
 
 from heterosync.errors import HeteroSyncError, TrainerDied, TrainerHung, UserError
 from heterosync.federation.contribution import Contribution
+from heterosync.federation.split import Ask
 from heterosync.federation.tensorfile import TensorFile
 from heterosync.files import explained, make_folder
 
+#: In the work folder: what the trainer and the libraries in it print.
+TRAINER_LOG = "trainer.log"
 _POLL = 0.1  # seconds between looks at `abort`
 _GRACE = 5.0  # seconds that an idle child gets to end by itself
 _DUMP = 0.5  # seconds that a hung child gets to write down where it hangs
@@ -70,6 +73,7 @@ class TrainerProcess:
             "results": str(Path(results).absolute()) if results is not None else None,
         }
         self._log = log or (lambda line: None)
+        self.exchange: Ask | None = None  # as in `SiteTrainer`; called in this process
         self._child: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._calling = threading.Lock()
@@ -79,9 +83,9 @@ class TrainerProcess:
         """See `SiteTrainer.check_in`."""
         return self._call("check_in", {})["value"]
 
-    def train(self, round_: int, shared: Mapping[str, Tensor] | None) -> Contribution:
+    def train(self, round_: int, shared: Mapping[str, Tensor] | None, items: int = 0) -> Contribution:
         """See `SiteTrainer.train`."""
-        answer = self._call("train", {"round_": round_}, shared)
+        answer = self._call("train", {"round_": round_, "items": items}, shared)
         return Contribution(tensors=self._file("answer", answer["layout"]).read(), **answer["value"])
 
     def validate(self, shared: Mapping[str, Tensor] | None, split: str, model_name: str) -> dict[str, float]:
@@ -97,7 +101,7 @@ class TrainerProcess:
     def close(self) -> None:
         """End the trainer: at once when it works, else after it had a moment to end by itself. No process is left."""
         self._stop(_GRACE if not self._calling.locked() else 0.0)
-        for name in ("request", "answer"):
+        for name in ("request", "answer", "step"):
             self._file(name).path.unlink(missing_ok=True)
 
     def __enter__(self) -> TrainerProcess:
@@ -133,7 +137,7 @@ class TrainerProcess:
 
     def _wait(self, child: subprocess.Popen[str], name: str) -> dict[str, Any]:
         deadline = time.monotonic() + self.timeout if self.timeout is not None else None
-        log = self.work / "trainer.log"
+        log = self.work / TRAINER_LOG
         answers = self._answers
         heard = time.monotonic()
         while True:
@@ -161,7 +165,10 @@ class TrainerProcess:
                 continue  # something printed while Python itself was starting
             if "alive" in answer:
                 continue
-            if "progress" in answer:
+            if "step" in answer:
+                self._pass_on(child, answer)
+                heard = time.monotonic()
+            elif "progress" in answer:
                 self._log(answer["progress"])
             elif "user_error" in answer:
                 raise UserError(answer["user_error"])
@@ -170,6 +177,20 @@ class TrainerProcess:
             else:
                 return answer
 
+    def _pass_on(self, child: subprocess.Popen[str], question: dict[str, Any]) -> None:
+        """Give the child what the server answers to a step; an error here ends the child, whose round is lost."""
+        if self.exchange is None:
+            raise HeteroSyncError(f"site {self.site}: no server to ask in step {question['step']}")
+        try:
+            parcel = self.exchange(question["step"], self._file("step", question["layout"]).read())
+        except UserError:  # the child would take the next request for the answer that it waits for
+            self._stop(0.0)
+            raise
+        with suppress(OSError):  # it is dead: the end of its answers says how
+            assert child.stdin is not None
+            child.stdin.write(json.dumps({"layout": self._file("step").write(parcel).layout}) + "\n")
+            child.stdin.flush()
+
     def _start(self) -> subprocess.Popen[str]:
         with self._handling:
             if self._child is not None and self._child.poll() is None:
@@ -177,7 +198,7 @@ class TrainerProcess:
             make_folder(self.work)
             root = str(Path(__file__).resolve().parents[2])  # the package may lie uninstalled in a job's custom/
             paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-            with explained(self.work / "trainer.log"), (self.work / "trainer.log").open("ab") as log:
+            with explained(self.work / TRAINER_LOG), (self.work / TRAINER_LOG).open("ab") as log:
                 child = subprocess.Popen(
                     [sys.executable, "-m", "heterosync.federation.child"],
                     stdin=subprocess.PIPE,

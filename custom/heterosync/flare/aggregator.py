@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
@@ -17,12 +18,12 @@ from nvflare.app_common.app_event_type import AppEventType
 from heterosync.errors import ContributionRefused
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.server import Server
+from heterosync.federation.split import Tail
 from heterosync.federation.wire import Blocked, WirePolicy, payload_bytes
 from heterosync.flare import messages
 from heterosync.flare.persistor import MEMORY
 from heterosync.flare.supervised import guarded
 from heterosync.methods import make_method
-from heterosync.training.settings import TrainingSettings
 
 
 class EqualWeightAggregator(Aggregator):
@@ -47,6 +48,7 @@ class EqualWeightAggregator(Aggregator):
         self._open = False
         self._lock = threading.Lock()  # answers, late ones too, come in on several threads
         self._policy = WirePolicy(method, {})
+        self.reports: dict[str, dict[str, Any]] = {}  # of the check-in, by site
         self.metrics: dict[str, dict[str, float]] = {}
         self.refused: dict[str, str] = {}
         self.payload: dict[str, int] = {}
@@ -63,11 +65,18 @@ class EqualWeightAggregator(Aggregator):
             self._round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
             if self._server is None:
                 self._spill = messages.run_folder(fl_ctx) / "contributions"
-                method = make_method(self._method, self._settings, TrainingSettings.from_dict(self._training))
+                method = make_method(self._method, self._settings, self._training)
                 self._server = Server(method, state, fl_ctx.get_prop(MEMORY), self._spill)
+                if self._server.tail is not None:
+                    self._server.tail.checked_in(self.reports)
             self._server.start(self._round, state)
             self.metrics, self.refused, self.payload = {}, {}, {}
             self._open = True
+
+    @property
+    def tail(self) -> Tail | None:
+        """The server's half of a network that is cut, once a round has begun."""
+        return self._server.tail if self._server is not None else None
 
     def close(self) -> None:
         """End the round: whatever a site answers from now on is refused."""
@@ -120,7 +129,8 @@ class EqualWeightAggregator(Aggregator):
         """The fused state as a message; an empty one when no tensors are shared or nobody contributed."""
         assert self._server is not None
         self.close()
-        state = self._server.result() if self.metrics and self._server.fusion.reference else {}
+        made = self._server.fusion.reference or self._server.tail is not None
+        state = self._server.result() if self.metrics and made else {}
         fl_ctx.set_prop(MEMORY, self._server.memory, private=True, sticky=True)
         return messages.tensors_message(state)
 

@@ -1,15 +1,14 @@
 """The classes that a job may name. Every kit, POC workspace and simulator workspace carries exactly this list.
 
 FLARE builds, for a job without own code, only classes on the site's `class_allow_list`. Ours are named one by one, not
-as a package prefix, so that a job can reach nothing else of this package.
+as a package prefix, so that a job can reach nothing else of this package; of FLARE's own, the list has the two that our
+jobs name, in place of FLARE's default list (executors and validators that know nothing of our filters).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 
 from heterosync.files import write_json
 
@@ -47,8 +46,8 @@ OUR_CLASSES = (
 
 
 def class_allow_list() -> list[str]:
-    """FLARE's default list and ours."""
-    return [*DEFAULT_CLASS_ALLOW_LIST, *OUR_CLASSES]
+    """All that our jobs name."""
+    return [*OUR_CLASSES, SHAREABLE_GENERATOR, SWARM_CLIENT]
 
 
 def simulator_resources() -> dict[str, Any]:

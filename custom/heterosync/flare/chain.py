@@ -2,7 +2,8 @@
 
 All that the command must remember lies in `chain.json`, written in one step before and after each act: cut off at any
 point and started again, it goes on. A segment that failed is replaced by another from the round that the server stored;
-so is one that a lost server left RUNNING for ever (FLARE 2.9 neither resumes nor ends such a job).
+so is one that a lost server left RUNNING for ever (FLARE 2.9 neither resumes nor ends such a job). A server that
+cannot be reached is waited for: the job goes on without us.
 """
 
 from __future__ import annotations
@@ -11,26 +12,33 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from nvflare.apis.utils.job_submit_token import canonical_job_content_hash
 
 from heterosync.errors import UserError
 from heterosync.federation.results import RUN
 from heterosync.federation.trainings import NOT_STORED, difference, learning_info
 from heterosync.files import explained, make_folder, read_json, write_json
 from heterosync.flare.collect import collect_results
-from heterosync.flare.job_folder import read_learning
+from heterosync.flare.job_folder import is_swarm, read_learning
 from heterosync.flare.segments import segment_job
-from heterosync.flare.session import JobEnd
+from heterosync.flare.session import JobEnd, ServerFailed, Unreachable
+
+_T = TypeVar("_T")
 
 STATE = "chain.json"
 LOST = "LOST"
+#: Downloads of segments that are kept, of which the last is the source of `results`.
+KEPT = 2
 #: Seconds between two looks whether a job is lost, and how many must say so one after the other.
 _LOOK, _LOOKS = 5.0, 2
 
 
 class Engine(Protocol):
-    """Where the jobs of a chain run; `AdminSession` is one."""
+    """Where the jobs of a chain run; `AdminSession` is one. All may raise `Unreachable`, and be called again then."""
 
     def sites(self) -> list[str]:
         """Names of the sites that are connected now."""
@@ -55,9 +63,10 @@ class _ServerLost(Exception):
 class Chain:
     """One training, as segments of `segment_rounds` rounds of `job`; results and state lie in `out`.
 
-    attempts: segments in a row that may end without a finished round. wait: seconds that a segment waits for the sites
-    of the one before; FLARE gives a job to the sites that are connected when it begins. Raises `UserError` when `out`
-    belongs to a training with other settings.
+    attempts: segments in a row that may end without a finished round; a lost server is not counted. wait: seconds that
+    a segment waits for the sites of the one before; FLARE gives a job to the sites that are connected when it begins.
+    Raises `UserError` when `out` belongs to a training with other settings, and for a swarm job: nothing can go on with
+    that.
     """
 
     def __init__(
@@ -73,6 +82,8 @@ class Chain:
         self.job, self.out, self.segment_rounds = Path(job), Path(out), segment_rounds
         self._say, self._attempts, self._wait, self._look = say, attempts, wait, look
         self._learning = learning_info(**read_learning(self.job))
+        if is_swarm(self.job):
+            raise UserError(f"{self.job}: a swarm's server keeps no model to go on from: submit it as one job")
         self._state: dict[str, Any] = {
             **self._learning,
             "chain": uuid.uuid4().hex,
@@ -117,25 +128,31 @@ class Chain:
     def _play(self, engine: Engine, segment: dict[str, Any], number: int) -> None:
         if not segment["job_id"]:
             self._wait_for_sites(engine)
-            segment["job_id"] = engine.submit(self._write_job(number), f"{self._state['chain']}-{number}")
+            job = self._write_job(number)
+            content = canonical_job_content_hash(str(job)).removeprefix("sha256:")[:16]
+            token = f"{self._state['chain']}-{number}-{content}"  # a job that was changed since is another one
+            segment["job_id"] = self._patiently(engine, lambda: engine.submit(job, token))
             self._write()
             self._say(f"segment {number}: job {segment['job_id']}, after {self._state['rounds']} rounds")
         job_id = segment["job_id"]
         end = self._follow(engine, job_id)
         record = None if end.status == LOST else self._fetch(engine, job_id, number)
         segment.update(status=end.status, cause=end.cause)
-        if record is None and end.status == LOST:
+        lost = end.status == LOST
+        if lost:
             self._state["training_id"] = self._state["training_id"] or job_id
         elif record is not None:
             self._state["training_id"] = record.get("training_id") or self._state["training_id"]
         elif NOT_STORED in end.cause and not self._state["rounds"]:
-            self._state["training_id"] = ""  # the first job was lost before it stored anything: begin anew
+            self._state["training_id"], lost = "", True  # the first job was lost before it stored anything: begin anew
         if record and record["rounds"]:
             self._state["sites"] = record["rounds"][-1]["contributors"]
         rounds = len(record["rounds"]) if record else self._state["rounds"]
         completed = bool(record) and record["status"] == "completed"  # type: ignore[index]
-        failed = not completed and rounds <= self._state["rounds"]
-        self._state["failures"] = self._state["failures"] + 1 if failed else 0
+        if completed or rounds > self._state["rounds"]:
+            self._state["failures"] = 0
+        elif not lost:
+            self._state["failures"] += 1
         segment["rounds"] = self._state["rounds"] = rounds
         self._state["done"] = completed
         self._write()
@@ -144,11 +161,25 @@ class Chain:
 
     def _wait_for_sites(self, engine: Engine) -> None:
         end = time.monotonic() + self._wait
-        while missing := sorted(set(self._state["sites"]) - set(engine.sites())):
+        while missing := sorted(set(self._state["sites"]) - set(self._patiently(engine, engine.sites))):
             if time.monotonic() > end:
                 self._say(f"no longer waiting for {', '.join(missing)}: they may return in a later segment")
                 return
             time.sleep(min(1.0, self._look))
+
+    def _patiently(self, engine: Engine, act: Callable[[], _T]) -> _T:
+        """What `act` gives, which is asked again once the server can be reached, however long that takes."""
+        while True:
+            try:
+                return act()
+            except Unreachable as error:
+                self._say(f"waiting for the server: {error}")
+            while True:
+                with suppress(Unreachable, ServerFailed):
+                    engine.sites()
+                    break
+                time.sleep(self._look)
+            self._say("the server answers again")
 
     def _write_job(self, number: int) -> Path:
         folder = self.out / "jobs" / f"{number:03d}"
@@ -172,7 +203,7 @@ class Chain:
                 raise _ServerLost
 
         try:
-            return engine.follow(job_id, self._say, while_waiting=look)
+            return self._patiently(engine, lambda: engine.follow(job_id, self._say, while_waiting=look))
         except _ServerLost:
             cause = f"the server was restarted: FLARE calls job {job_id} running for ever, though nothing runs"
             self._say(f"{cause}; a new job goes on with the training")
@@ -184,13 +215,16 @@ class Chain:
         with explained(target):
             shutil.rmtree(target, ignore_errors=True)
         try:
-            folder = engine.download(job_id, make_folder(target))
+            folder = self._patiently(engine, lambda: engine.download(job_id, make_folder(target)))
         except UserError as error:
             self._say(f"segment {number}: nothing to download: {error}")
             return None
         if not (folder / RUN).exists():
             return None
         collect_results(folder, self.out / "results")
+        for earlier in sorted(target.parent.iterdir(), key=lambda folder: int(folder.name))[:-KEPT]:
+            with explained(earlier):
+                shutil.rmtree(earlier)
         return dict(read_json(folder / RUN))
 
     # -- state ---------------------------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nvflare.apis.controller_spec import ClientTask
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_event_type import AppEventType
 
-from heterosync.federation.modelfile import BEST_MODEL, load_model
+from heterosync.federation.modelfile import BEST_MODEL, keep_as_best, load_model
 from heterosync.federation.results import RUN
 from heterosync.federation.site import OWN_MODEL
 from heterosync.federation.trainings import (
@@ -28,8 +30,9 @@ from heterosync.federation.trainings import (
     training_folder,
 )
 from heterosync.files import read_json
-from heterosync.flare import messages
-from heterosync.flare.persistor import STORED, keep_as_best
+from heterosync.flare import bounds, messages
+from heterosync.flare.persistor import STORED
+from heterosync.flare.split import Desk
 from heterosync.flare.supervised import CHECK_PERIOD, Stopped, SupervisedRounds, cause_of
 
 GONE = "no answer in two rounds running; not waited for in the rest of this job"
@@ -47,8 +50,8 @@ class HeteroSyncController(SupervisedRounds):
     uploads_to_disk: receive models into files, so that the memory of the server does not grow with the number of sites.
 
     training_id: the training that this job goes on with (the id of its first job), "" to begin one; `training` then
-    says how many rounds there are in all. segment_rounds: rounds of this job, 0 for all that are left; the last model
-    is scored and tested by the job that ends the training.
+    says how many rounds there are in all; only who began it, or a project admin, may go on with it. segment_rounds:
+    rounds of this job, 0 for all that are left; the last model is scored and tested by the job that ends the training.
 
     Only sites that pass the check-in take part, in every job of a training anew. A round that too few of them
     contribute to ends the job; the model of the round before stays as `last_model.pt`. A site that does not answer in
@@ -92,6 +95,7 @@ class HeteroSyncController(SupervisedRounds):
         self._silent: dict[str, int] = {}  # site -> rounds running without an answer
         self._gone: dict[str, str] = {}  # sites that are not waited for any more, and why
         self._began = 0.0
+        self._desk: Desk | None = None  # where the sites meet in every step, when the network is cut
 
     # -- FLARE's life cycle --------------------------------------------------------------------------------------------
 
@@ -103,34 +107,25 @@ class HeteroSyncController(SupervisedRounds):
             left = 0 if self._scores.should_stop else max(0, self._rounds - self._start_round)
             self._num_rounds = min(left, self._segment_rounds or left)
             super().start_controller(fl_ctx)
+            if self._rules.split:
+                self._desk = Desk(self._method_name, self._stop, self._task_timeout)
+                fl_ctx.get_engine().register_aux_message_handler(messages.EXCHANGE, self._desk.answer)
             self._keep()
         except Exception as error:
             self._stop(cause_of(error), fl_ctx)
 
-    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        status = "stopped: aborted"
-        try:
-            if not abort_signal.triggered:
-                self._check_in(abort_signal, fl_ctx)
-                super().control_flow(abort_signal, fl_ctx)
-            if not abort_signal.triggered and not self._stop_line:
-                if self._current_round < self._rounds and not self._scores.should_stop:
-                    self._recorder.note(best_round=self._scores.best)
-                    status = SEGMENT_DONE
-                else:
-                    self._finish(abort_signal, fl_ctx)
-                    status = "completed"
-        except Exception as error:
-            if not (abort_signal.triggered and isinstance(error, Stopped)):
-                self._stop(cause_of(error), fl_ctx)
-        finally:
-            if self._stop_line:
-                status = f"failed: {self._stop_line}"
-            if hasattr(self, "_recorder"):
-                self._guarded(fl_ctx, self._recorder.finish, status)
-                self._guarded(fl_ctx, self._keep)
-            if self._store is not None:
-                self._store.release()
+    def _end(self, abort_signal: Signal, fl_ctx: FLContext) -> str:
+        if self._current_round < self._rounds and not self._scores.should_stop:
+            self._recorder.note(best_round=self._scores.best)
+            return SEGMENT_DONE
+        self._finish(abort_signal, fl_ctx)
+        return "completed"
+
+    def _leave(self, fl_ctx: FLContext) -> None:
+        if hasattr(self, "_recorder"):
+            self._guarded(fl_ctx, self._keep)
+        if self._store is not None:
+            self._store.release()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
@@ -141,6 +136,8 @@ class HeteroSyncController(SupervisedRounds):
         elif event_type == AppEventType.ROUND_DONE:
             self._guarded(fl_ctx, self._after_fusion)
             self._guarded(fl_ctx, self._keep)
+        elif event_type in (EventType.FATAL_SYSTEM_ERROR, EventType.ABORT_TASK, EventType.END_RUN) and self._desk:
+            self._desk.close(self._stop_line or "the job ends")
 
     # -- the training that the job is a segment of ---------------------------------------------------------------------
 
@@ -148,7 +145,7 @@ class HeteroSyncController(SupervisedRounds):
         mine = {key: info[key] for key in ("method", "method_settings", "training")}
         name = self._training_id or str(info["job_id"])
         store = TrainingStore(training_folder(self._folder.parent, SERVER, name))
-        store.hold(begin=not self._training_id)
+        store.hold(begin=not self._training_id, submitter=bounds.submitter_of(fl_ctx))
         self._store, stored = store, Standing()
         if self._training_id:
             stored = standing(store.folder, mine, self._weights_leave, self._scores, f"training '{name}'")
@@ -175,7 +172,16 @@ class HeteroSyncController(SupervisedRounds):
             problems += changed_sites(self._earlier, sites)
         return problems
 
+    def _checked_in(self, reports: dict[str, dict[str, Any]]) -> None:
+        self.aggregator.reports = reports
+
     # -- a round -------------------------------------------------------------------------------------------------------
+
+    def _prepare_train_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        super()._prepare_train_task_data(client_task, fl_ctx)
+        if self._desk is not None:
+            items = self._desk.open(self._current_round, self._sites, self.aggregator.tail)
+            client_task.task.data.set_header(messages.ITEMS, items)
 
     def _accept_train_result(
         self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
@@ -189,6 +195,8 @@ class HeteroSyncController(SupervisedRounds):
             accepted = super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task)
             if accepted:
                 self._recorder.site_done(self._current_round, client_name, self.aggregator.metrics[client_name])
+                if self._desk is not None:
+                    self.aggregator.payload[client_name] += self._desk.leave(client_name)
             return accepted
         self.log_warning(fl_ctx, f"round {self._current_round}: site {client_name} failed: {failure}")
         if not is_unknown_task:
@@ -205,7 +213,9 @@ class HeteroSyncController(SupervisedRounds):
             self._stop(self._too_few(f"round {self._current_round}", self._absent()), fl_ctx)
             return
         if self._weights_leave:
-            self._judge(self._current_round, {s: values.get("val_auc_received") for s, values in metrics.items()})
+            self._judge(
+                self._current_round, {s: values.get(self._rules.task.received) for s, values in metrics.items()}
+            )
 
     def _after_fusion(self) -> None:
         metrics = self.aggregator.metrics
@@ -228,9 +238,9 @@ class HeteroSyncController(SupervisedRounds):
                 self._sites.remove(site)
                 log.warning("site %s: %s", site, GONE)
 
-    def _judge(self, model: int, aucs: Mapping[str, float | None]) -> None:
+    def _judge(self, model: int, scores: Mapping[str, float | None]) -> None:
         """Score the model after `model` rounds, which `last_model.pt` holds; keep it if it is the best so far."""
-        if self._scores.add(model, aucs):
+        if self._scores.add(model, scores):
             keep_as_best(self._folder)
 
     def _absent(self) -> dict[str, str]:
@@ -267,10 +277,10 @@ class HeteroSyncController(SupervisedRounds):
         answers, what = self._validate("last", self._last_state(), "validation", abort_signal, fl_ctx)
         if answers.failed:
             self._recorder.note(not_validated=answers.failed)
-        aucs = {site: values.get("auc") for site, values in answers.good.items()}
+        scores = {site: values.get(self._rules.task.metric) for site, values in answers.good.items()}
         problems = self._lacking(answers, what)
         if not problems:
-            self._judge(self._current_round, aucs)
-        self._recorder.validation(self._current_round, aucs)
+            self._judge(self._current_round, scores)
+        self._recorder.validation(self._current_round, scores)
         self._recorder.note(best_round=self._scores.best, plateau_round=self._scores.plateau)
         return problems

@@ -17,9 +17,10 @@ from nvflare.app_common.app_constant import AppConstants
 
 from heterosync.data.site import find_site_folder
 from heterosync.errors import TrainerDied, TrainerHung, UserError
-from heterosync.federation.trainings import training_folder
 from heterosync.federation.wire import reportable
-from heterosync.flare import messages
+from heterosync.flare import bounds, messages
+from heterosync.flare.split import Ended, ask_server
+from heterosync.methods import make_method
 
 #: Name of the site's private setting for its site folder: a scope property in `local/privacy.json`. It is sent nowhere.
 DATA_ROOT = "data_root"
@@ -36,7 +37,8 @@ class HeteroSyncExecutor(Executor):
 
     method: name of the method, for example "hsl". method_settings, training: what differs from their defaults.
     in_process: train inside this process; quicker to start, for tests and small simulations.
-    training_id: the training that this job goes on with; "" begins one, under the id of the job.
+    training_id: the training that this job goes on with; "" begins one, under the id of the job. How often the site is
+    asked about a model is limited, see `bounds`.
 
     Failures go into the site's log in full; the server only learns a reason out of `messages.REASONS`.
     """
@@ -73,10 +75,14 @@ class HeteroSyncExecutor(Executor):
             fl_ctx.set_prop(messages.ROUND, round_, private=True, sticky=False)
             reason = ""
             fl_ctx.set_prop(messages.TASK, shareable, private=True, sticky=False)
+            if task_name in (messages.TRAIN, messages.VALIDATE):
+                rounds = make_method(self._method, self._settings, self._training).training.rounds
+                bounds.count_question(bounds.site_training(fl_ctx, self._training_id), rounds)
             for attempt in (1, 2):
                 try:
                     trainer = self._get_trainer(fl_ctx)
                     trainer.abort = lambda: abort_signal.triggered  # kills a trainer process within a tenth of a second
+                    trainer.exchange = ask_server(fl_ctx, abort_signal)
                     return self._answer(trainer, task_name, shareable)
                 except TrainerDied as death:
                     self._close()
@@ -87,6 +93,12 @@ class HeteroSyncExecutor(Executor):
             site = fl_ctx.get_identity_name()
             self._say_here(f"site {site}: the trainer {reason} in task {task_name}, also when tried again")
             return messages.refusal(reason)
+        except Ended as error:
+            self.logger.warning("site %s: %s", fl_ctx.get_identity_name(), error)
+            return messages.refusal("ended")
+        except bounds.TooMany as error:
+            self._say_here(f"site {fl_ctx.get_identity_name()}: {error}")
+            return messages.refusal("limit")
         except UserError as error:
             for line in str(error).splitlines():
                 self._say_here(line)
@@ -108,7 +120,9 @@ class HeteroSyncExecutor(Executor):
             return messages.scalars_message(trainer.check_in())
         if task_name == messages.TRAIN:
             shared, _ = messages.open_message(task)
-            done = trainer.train(messages.round_of(task), shared)
+            items = task.get_header(messages.ITEMS)
+            options = {} if items is None else {"items": items}
+            done = trainer.train(messages.round_of(task), shared, **options)
             fields = {"method": done.method, "round": done.round, "samples": done.samples}
             return messages.tensors_message(done.tensors, {**fields, "metrics": reportable(done.metrics)})
         if task_name == messages.VALIDATE:
@@ -127,9 +141,9 @@ class HeteroSyncExecutor(Executor):
         site = fl_ctx.get_identity_name()
         scope = fl_ctx.get_prop(FLContextKey.SCOPE_PROPERTIES) or {}
         folder = find_site_folder(site, scope.get(DATA_ROOT), os.environ)
-        run = messages.run_folder(fl_ctx)
-        work = training_folder(run.parent, site, self._training_id or fl_ctx.get_job_id())
+        run, work = messages.run_folder(fl_ctx), bounds.site_training(fl_ctx, self._training_id)
         learning = (self._method, self._settings, self._training)
+        bounds.job_method(*learning, fl_ctx)
         options: dict[str, Any] = {"log": self.logger.info, "results": run / WORK / "results"}
         if self._in_process:
             from heterosync.federation.site import SiteTrainer

@@ -16,9 +16,9 @@ from heterosync.errors import HeteroSyncError
 from heterosync.federation.wire import Blocked, WirePolicy, audit_lines, reportable, signature
 from heterosync.flare import messages
 from heterosync.methods import make_method, method_names
-from heterosync.training.settings import TrainingSettings
 
-AUDIT_FILE = "audit.jsonl"
+#: Lists of what left a site, in its folder of a job: of the filter of the job, and of the site's own.
+AUDIT_FILE, SITE_AUDIT_FILE = "audit.jsonl", "audit_site.jsonl"
 #: Fields that accompany the tensors and metrics of a training answer.
 ENVELOPE = {"method": str, "round": int, "samples": int, "metrics": dict}
 _KEYS = frozenset({"DXO", ReservedHeaderKey.HEADERS})
@@ -54,7 +54,7 @@ class OutboundFilter(Filter):
                 reply = _bare_failure(shareable)
             else:
                 self._prepare(fl_ctx)
-                tensors, scalars, reply = self._checked(task, shareable)
+                tensors, scalars, reply = self._checked(task, shareable, fl_ctx)
                 reply.set_return_code(ReturnCode.OK)
                 record.update(left=True, items=audit_lines(tensors, scalars))
         except Exception as error:
@@ -77,9 +77,11 @@ class OutboundFilter(Filter):
         """The metrics of a message that passed the wire policy which leave with it. May raise `Blocked`."""
         return reportable(metrics)
 
-    def _checked(self, task: str, shareable: Shareable) -> tuple[dict[str, Any], dict[str, Any], Shareable]:
+    def _checked(
+        self, task: str, shareable: Shareable, fl_ctx: FLContext
+    ) -> tuple[dict[str, Any], dict[str, Any], Shareable]:
         """Tensors and scalars of a permitted answer, and a message of these alone. Raises `Blocked`."""
-        if task not in messages.TASKS:
+        if task not in (*messages.TASKS, messages.EXCHANGE):
             raise blocked(f"answers to task '{task[:40]}' are not foreseen")
         headers = set(shareable.get(ReservedHeaderKey.HEADERS, {}))
         for name in sorted({str(key) for key in shareable} - _KEYS) + sorted(map(str, headers - _HEADERS)):
@@ -91,6 +93,11 @@ class OutboundFilter(Filter):
             policy.check(tensors, envelope["metrics"])
             envelope["metrics"] = self._may_leave(tensors, envelope["metrics"])
             return tensors, envelope["metrics"], messages.tensors_message(tensors, envelope)
+        if task == messages.EXCHANGE:
+            if scalars:
+                raise blocked("a step's message holds tensors only")
+            policy.check_step(tensors)
+            return tensors, self._may_leave(tensors, {}), messages.tensors_message(tensors)
         if tensors:
             raise blocked(f"the task {task} is answered with scalars only")
         if task == messages.CHECK_IN:
@@ -102,11 +109,11 @@ class OutboundFilter(Filter):
 
     def _get_policy(self) -> WirePolicy:
         if self._policy is None:
-            method = make_method(self._method, self._settings, TrainingSettings.from_dict(self._training))
+            method = make_method(self._method, self._settings, self._training)
             model = method.build_model(weights="none")
             state = model.state_dict()
-            shared = {name: signature(state[name]) for name in method.shared_names(model)}
-            self._policy = WirePolicy(self._method, shared)
+            sent = {name: signature(state[name]) for name in method.returned_names(model)}
+            self._policy = WirePolicy(self._method, sent, method.parcels(model), method.training.batch_size)
         return self._policy
 
     def _write(self, record: Mapping[str, Any], fl_ctx: FLContext) -> None:

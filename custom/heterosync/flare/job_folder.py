@@ -8,6 +8,7 @@ from typing import Any
 
 from heterosync.errors import UserError
 from heterosync.flare import allowlist
+from heterosync.methods import get_method
 
 APP = "app"
 
@@ -30,6 +31,14 @@ def is_swarm(job: Path | str) -> bool:
         config = json.loads((Path(job) / APP / "config" / "config_fed_server.json").read_text(encoding="utf-8"))
         return bool(config["workflows"][0]["path"] == allowlist.SWARM_CONTROLLER)
     except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return False
+
+
+def is_split(job: Path | str) -> bool:
+    """Whether the sites of the job folder `job` meet in every step; False for a folder that is no job of ours."""
+    try:
+        return get_method(read_learning(job)["method"]).split
+    except UserError:
         return False
 
 

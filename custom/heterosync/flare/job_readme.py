@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from heterosync.federation.privacy import epsilon_of
-from heterosync.methods.base import Method, bytes_per_round
-
-if TYPE_CHECKING:
-    from heterosync.flare.job import JobOptions
+from heterosync.flare.job_options import JobOptions
+from heterosync.methods.base import Method, bytes_per_image, traffic
 
 
 def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     """Text of README.md, made from the method's own words; the same inputs always give the same text."""
     model = method.build_model(weights="none")
-    names, size = method.shared_names(model), bytes_per_round(method, model)
+    names = method.shared_names(model)
+    size = sum(value.numel() * value.element_size() for name, value in model.state_dict().items() if name in names)
     training = method.training
     least = (
         f"{options.min_clients} sites" if options.min_clients and not method.needs_all else "all sites that take part"
     )
-    traffic = (
+    amount = (
         f"{len(names)} tensors, {size / 2**20:.1f} MiB per site and round in each direction"
         if names
         else "no tensor leaves or enters a site"
@@ -40,6 +37,18 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     )
     name, command, to_whom = method.name, f"heterosync job export {method.name}", "The weights go to the server.\n"
     parts = "an executor, an outbound filter, a controller, an\naggregator and a persistor"
+    fused = f"Fusion weights: {method.weighting}"
+    classes = "W0 are scalars, W1 weights, W2 summary statistics of private data"
+    if method.split:
+        fused = "No weights are fused: the server trains its half on the\nbatches of all sites, which are of one size"
+        classes += ", W3 activations and labels of single\nimages"
+        step = training.batch_size * bytes_per_image(method, model) / 2**20
+        amount = f"{traffic(method, model)} to the server, as much back as gradients ({step:.1f} MiB each way in\n"
+        amount += (
+            f"a step of {training.batch_size} images), and {size / 2**20:.1f} MiB of weights to the site per round"
+        )
+        to_whom = _SPLIT
+        own = f"{own}\n`last_model.pt` and `best_model.pt` hold the server's half alone."
     if options.topology == "swarm":
         name, command, to_whom, models = f"{name}_swarm", f"{command} --topology swarm", _SWARM, ""
         parts = "an executor, an outbound gate to the server\nand one to the sites, a controller, "
@@ -60,15 +69,15 @@ Written by `{command}`; a change by hand is lost at the next export.
 
 {method.citation}. Status: {method.status}.
 
-{training.rounds} rounds of {training.local_epochs} local epochs, {training.backbone} at {training.image_size} px.
-A round needs {least}. Fusion weights: {method.weighting}.
+{training.rounds} rounds of {training.local_epochs} local epochs, {method.task.in_words(training)}.
+A round needs {least}. {fused}.
 
 {settings}
 ## What leaves a site
 
 {leaves}
 
-W0 are scalars, W1 weights, W2 summary statistics of private data. Traffic: {traffic}.
+{classes}. Traffic: {amount}.
 {to_whom if names else ""}Images, predictions, file names and patient identifiers never leave. The outbound filter
 of this job holds the allow-list, blocks everything else, and writes a line per message (name, shape, type, bytes) into
 `audit.jsonl` in the site's folder of the job.
@@ -105,6 +114,15 @@ the site's folder of the job.{own}
 _POOLED = """
 This is no federation: the job has one client, which must hold the images of all sites. It takes the name of the folder
 with the sites' folders; their training, validation and test splits are united.
+"""
+
+#: What the server sees of a network that is cut.
+_SPLIT = """
+**The highest privacy class is W3**: activations of single images go to the server in every step, with their labels or
+with numbers that tell these. It trains its half of the network on them and sends that half to the sites before every
+round. Ask whether your site may take part: `methods` in its `local/privacy.json` can leave this method out. The sites
+train in step: in the simulator, give `-t` as many threads as sites.
+
 """
 
 #: Who gets the weights when the sites fuse among themselves.

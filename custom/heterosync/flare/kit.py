@@ -134,9 +134,9 @@ def verify(folder: Path | str, sealed_by: str | None = None) -> dict[str, Any]:
     """
     kit = Kit(folder)
     problems: list[str] = []
-    by = _seal_of(kit, sealed_by)
+    by = _seal_of(kit, sealed_by, problems)
     root = kit.root()
-    signatures = _signatures(kit.startup / SIGNATURES[by], problems)
+    signatures = {} if problems else _signatures(kit.startup / SIGNATURES[by], problems)
     signer_name = ROOT if by == ALLIANCE else kit.certificate_path.name
     signer = read_certificate(kit.startup / signer_name)
     if by == SITE and not issued(signer, root):
@@ -175,14 +175,14 @@ def check_dates(folder: Path | str) -> None:
         raise UserError(f"the certificate of '{common_name(certificate)}': {problem[0]}: {problem[1]}")
 
 
-def _seal_of(kit: Kit, wanted: str | None) -> str:
+def _seal_of(kit: Kit, wanted: str | None, problems: list[str]) -> str:
     found = [by for by, name in SIGNATURES.items() if (kit.startup / name).exists()]
     if wanted is None:
         wanted = found[0] if found else ALLIANCE
     others = [SIGNATURES[by] for by in found if by != wanted]
     if wanted not in found:
         instead = f", and {others[0]} is no substitute" if others else ""
-        raise ProblemList([f"{kit.startup}: missing: {SIGNATURES[wanted]}, the seal of the kit{instead}"])
+        problems.append(f"missing: {SIGNATURES[wanted]}, the seal of the kit{instead}")
     return wanted
 
 

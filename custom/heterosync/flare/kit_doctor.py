@@ -5,26 +5,35 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import socket
 import ssl
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography import x509
 
+from heterosync.data.site import CONFIG
 from heterosync.errors import UserError
 from heterosync.files import read_json
 from heterosync.flare.executor import DATA_ROOT
 from heterosync.flare.kit import LOCAL, MANIFEST, ROOT, Kit, common_name, date_problem, issued, verify
-from heterosync.flare.policy import SITE_FILTER, SITE_PEER_GATE
+from heterosync.flare.site_filter import SiteOutboundFilter, SitePeerGate, SitePolicy
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 #: Certificates are renewed well before they end.
 SOON = datetime.timedelta(days=30)
+PRIVACY = "privacy.json"
+#: What must stand in every privacy scope.
+FILTERS: dict[str, type[SitePolicy]] = {
+    "task_result_filters": SiteOutboundFilter,
+    "task_data_filters": SitePeerGate,
+}
 _FRESH = "Ask the alliance lead for a fresh kit"
 
 
@@ -151,41 +160,91 @@ def check_policy(kit: Kit) -> list[Finding]:
     findings = []
     for original in sorted(kit.local.glob("*.json.default")):
         name = original.name.removesuffix(".default")
-        content = read_json(original)
-        here = read_json(kit.local / name) if (kit.local / name).exists() else content
-        if name == "privacy.json":
-            here = json.loads(json.dumps(here))
-            for scope in (*here.get("scopes", []), *content.get("scopes", [])):
-                scope.get("properties", {}).pop(DATA_ROOT, None)
-        if here != content:
-            findings.append(Finding("policy", NOTE, f"{LOCAL}/{name} differs from {original.name}: your decision"))
-    if kit.kind == "client" and not _filters_everything(kit):
-        remedy = "Restore the file from privacy.json.default"
-        findings.append(Finding("policy", PROBLEM, f"{LOCAL}/privacy.json lets jobs send what they like", remedy))
-    return findings or [Finding("policy", OK, "as the alliance proposes: no custom code, outbound filter in force")]
+        findings += _explained(name, partial(_difference, kit, name))
+    if kit.kind == "client":
+        findings += _explained(PRIVACY, partial(_check_privacy, kit))
+    return list(dict.fromkeys(findings)) or [
+        Finding("policy", OK, "as the alliance proposes: no custom code, outbound filter in force")
+    ]
 
 
-def _filters_everything(kit: Kit) -> bool:
-    """Whether each privacy scope, the default one above all, has our two outbound filters."""
-    path = kit.local / "privacy.json"
-    policy = read_json(path) if path.exists() else {}
+def _explained(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings of a check that reads the site's file `name`; that it cannot be read is one too."""
+    try:
+        return check()
+    except UserError as error:
+        found = str(error)
+    except (AttributeError, TypeError, ValueError):  # JSON, but not the lists and entries that belong there
+        found = f"{LOCAL}/{name} is not built as {name}.default is"
+    return [Finding("policy", PROBLEM, found, f"Mend it, or restore it from {name}.default")]
+
+
+def _read_local(kit: Kit, name: str) -> Any:
+    """A file of the site's own. To delete it, as `read_json` advises, could leave the site without a policy."""
+    try:
+        return json.loads((kit.local / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{LOCAL}/{name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{LOCAL}/{name} is not readable JSON ({error})") from error
+
+
+def _difference(kit: Kit, name: str) -> list[Finding]:
+    original = f"{name}.default"
+    if name != PRIVACY and not (kit.local / name).exists():
+        return []  # FLARE takes the original
+    here, content = _read_local(kit, name), _read_local(kit, original)
+    if name == PRIVACY:
+        for scope in (*here.get("scopes", []), *content.get("scopes", [])):
+            scope.get("properties", {}).pop(DATA_ROOT, None)
+    if here == content:
+        return []
+    return [Finding("policy", NOTE, f"{LOCAL}/{name} differs from {original}: your decision")]
+
+
+def _check_privacy(kit: Kit) -> list[Finding]:
+    """Whether each privacy scope, the default one above all, has our two outbound filters, and they accept its args."""
+    policy = _read_local(kit, PRIVACY)
     scopes = policy.get("scopes", [])
-    named = {scope.get("name") for scope in scopes}
-    needed = {"task_result_filters": SITE_FILTER, "task_data_filters": SITE_PEER_GATE}
-    filtered = (
-        any(entry.get("path") == filter_ for entry in scope.get(kind, []))
-        for scope in scopes
-        for kind, filter_ in needed.items()
-    )
-    return policy.get("default_scope") in named and all(filtered)
+    findings, complete = [], policy.get("default_scope") in {scope.get("name") for scope in scopes}
+    for scope in scopes:
+        for kind, filter_ in FILTERS.items():
+            path = f"{filter_.__module__}.{filter_.__qualname__}"
+            entries = [e for e in scope.get(kind, []) if e.get("path") == path and e.get("disabled") is not True]
+            complete = complete and bool(entries)
+            for entry in entries:
+                try:
+                    filter_(**entry.get("args", {}))
+                except UserError as error:
+                    findings.append(Finding("policy", PROBLEM, str(error), f"Correct it under {kind}"))
+    if not complete:
+        remedy = "Restore the file from privacy.json.default"
+        findings.append(Finding("policy", PROBLEM, f"{LOCAL}/{PRIVACY} lets jobs send what they like", remedy))
+    return findings
 
 
-def data_root(kit: Kit) -> str:
-    """The site folder that `local/privacy.json` names; empty when none does."""
-    path = kit.local / "privacy.json"
-    policy = read_json(path) if path.exists() else {}
-    scopes = {scope.get("name"): scope for scope in policy.get("scopes", [])}
-    return str(scopes.get(policy.get("default_scope"), {}).get("properties", {}).get(DATA_ROOT) or "")
+def site_folder(kit: Kit, environ: Mapping[str, str] = os.environ) -> tuple[Path | None, list[Finding]]:
+    """(the site folder that `local/privacy.json` names, what is wrong with it); (None, []) leaves it to
+    HETEROSYNC_DATA, as in a training."""
+    try:
+        policy = _read_local(kit, PRIVACY)
+        scopes = {scope.get("name"): scope for scope in policy.get("scopes", [])}
+        named = str(scopes.get(policy.get("default_scope"), {}).get("properties", {}).get(DATA_ROOT) or "")
+    except (UserError, AttributeError, TypeError):
+        return None, [Finding("data", NOTE, f"not checked: {LOCAL}/{PRIVACY} cannot be read", "See policy")]
+    if not named and environ.get("HETEROSYNC_DATA"):
+        return None, []
+    if not named:
+        remedy = f"Write the path of your site folder after {DATA_ROOT} in {LOCAL}/{PRIVACY}"
+        return None, [Finding("data", PROBLEM, "no site folder named", remedy)]
+    folder, setting = Path(named).expanduser(), f"{DATA_ROOT} in {LOCAL}/{PRIVACY} is {named}"
+    if not folder.is_absolute():
+        return None, [Finding("data", PROBLEM, f"{setting}, a relative path", "Give an absolute path")]
+    if not folder.is_dir():
+        return None, [Finding("data", PROBLEM, f"{setting}, which is no folder here", "Correct it or make the folder")]
+    if not (folder / CONFIG).exists():
+        return None, [Finding("data", PROBLEM, f"{setting}, which has no {CONFIG}", "Name the site folder itself")]
+    return folder, []
 
 
 def server_address(kit: Kit) -> tuple[str, int]:

@@ -26,6 +26,10 @@ from heterosync.federation.wire import Blocked, WirePolicy
 
 CHECK_IN, TRAIN, VALIDATE = "check_in", "train", "validate"
 TASKS = (CHECK_IN, TRAIN, VALIDATE)
+#: Within the training task of a network that is cut: a site's message of one step, a request to the server (split.py).
+EXCHANGE = "exchange"
+#: Header of that task: images per epoch, the same at every site.
+ITEMS = "heterosync_items"
 #: In a swarm: "what were your scalars of that round?"
 REPORT = "report"
 
@@ -44,6 +48,8 @@ REASONS: dict[str, str] = {
     "mend": "its data or settings need mending; see the line PROBLEM in the site's own log.txt (a simulation: above)",
     "died": "its trainer process ended twice on this task (out of memory?); see trainer.log at the site",
     "hung": "its trainer process made no progress and was killed, twice on this task; see trainer.log at the site",
+    "limit": "it was asked about more models than the rounds of the training allow; see log.txt at the site",
+    "ended": "the server did not go on with the round that the site was in the middle of",
     "blocked": "its outbound filter blocked the message; see audit.jsonl at the site",
     "defect": "an unexpected error; its traceback is in the site's own log.txt",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nvflare.apis.fl_context import FLContext
@@ -12,12 +11,9 @@ from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_common.app_constant import AppConstants
 
 from heterosync.federation.initial import initial_state
-from heterosync.federation.modelfile import BEST_MODEL, INITIAL_WEIGHTS, LAST_MODEL, save_model
+from heterosync.federation.modelfile import INITIAL_WEIGHTS, LAST_MODEL, save_model
 from heterosync.federation.server import assets_of, memory_of
-from heterosync.files import link_file
-from heterosync.flare import messages
-from heterosync.methods import make_method
-from heterosync.training.settings import TrainingSettings
+from heterosync.flare import bounds, messages
 
 #: Private property of the server's context: the two label names, which the check-in found out.
 LABELS = "heterosync_labels"
@@ -40,7 +36,7 @@ class GlobalModelPersistor(ModelPersistor):
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
         """The state before the job's first round. Raises `UserError` for unknown settings and a stored model that does
         not fit them."""
-        self._made = make_method(self._method, self._settings, TrainingSettings.from_dict(self._training))
+        self._made = bounds.job_method(self._method, self._settings, self._training, fl_ctx)
         self._origin: dict[str, str] = {}
         stored = fl_ctx.get_prop(STORED)
         if stored is None:
@@ -68,9 +64,3 @@ class GlobalModelPersistor(ModelPersistor):
             extra=assets_of(fl_ctx.get_prop(MEMORY) or {}),
             versions=self._origin,
         )
-
-
-def keep_as_best(folder: Path) -> None:
-    """Make `best_model.pt` what `last_model.pt` is now."""
-    if (folder / LAST_MODEL).exists():
-        link_file(folder / LAST_MODEL, folder / BEST_MODEL)

@@ -1,8 +1,8 @@
 """One job in FLARE's POC mode: server and sites as processes of their own on this machine, with mutual TLS.
 
-`nvflare poc` does the work. Ours is what it leaves open: the site policy of our kits (allow-list, outbound filter, each
-site's data setting), a free port, a home of its own (POC rewrites the user's nvflare settings), progress, and that
-nothing is left behind.
+`nvflare poc` does the work. Ours is what it leaves open: the site policy of our kits (rights, allow-list, outbound
+filter, each site's data setting; no seal, since POC edits the start-up files), a free port, a home of its own (POC
+rewrites the user's nvflare settings), progress, what the sites leave, and that no process stays behind.
 """
 
 from __future__ import annotations
@@ -24,27 +24,35 @@ from typing import Any
 import yaml
 
 from heterosync.errors import UserError
+from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL, OWN_BEST
+from heterosync.federation.trainings import training_folder
 from heterosync.federation.wire import is_site_name
-from heterosync.files import make_folder, read_json, write_json, write_text
+from heterosync.federation.worker import TRAINER_LOG
+from heterosync.files import copy_file, make_folder, read_json, write_json, write_text
 from heterosync.flare import policy
 from heterosync.flare.collect import collect_results, status_of
+from heterosync.flare.dp_filter import RELEASES_FILE
 from heterosync.flare.executor import DATA_ROOT, WORK
-from heterosync.flare.filters import AUDIT_FILE
+from heterosync.flare.filters import AUDIT_FILE, SITE_AUDIT_FILE
 from heterosync.flare.processes import MARK, end_marked, ends_on_signal, package_environment
+from heterosync.flare.project import PROJECT
 from heterosync.flare.session import AdminSession, JobEnd, admin_session
 
-PROJECT, ADMIN = "heterosync_poc", "admin@poc.local"
+NAME, ADMIN = "heterosync_poc", "admin@poc.local"
 #: The server's name: a loopback name makes FLARE listen on loopback only.
 SERVER = "localhost"
 #: The plain commands of a POC, in its folder.
 COMMANDS = "commands.sh"
+LOGS = ("log.txt", "error_log.txt", "poc_console.log")
+KEPT_OF_TRAINING = (TRAINER_LOG, RELEASES_FILE, OWN_BEST)
+_JOBS = "*-*-*-*-*/"  # folders of a participant that are named by the id of a job
 _READY = 120  # seconds that server and sites get to find each other
 
 
 @dataclass(frozen=True)
 class PocResult:
-    """results: the server's record. sites: site -> what stays at that hospital (predictions, audit, log). seconds: from
-    the start of the command to "sites are connected", and of the job."""
+    """results: the server's record. sites: site -> folder with what stays at that hospital (see `collect_sites`).
+    seconds: from the start of the command to "sites are connected", and of the job."""
 
     results: Path
     sites: dict[str, Path]
@@ -106,6 +114,8 @@ def _run_job(session: AdminSession, poc: _Poc, job: Path, timeout: float | None)
 def _check(job: Path, sites: Mapping[str, Path], out: Path) -> None:
     if not (job / "meta.json").is_file():
         raise UserError(f"{job} is not a job folder (no meta.json): write one with `heterosync job export`")
+    if any(job.glob("*/custom")):
+        raise UserError(f"{job} brings code, which no site of a POC lets in: export it without --byoc")
     if not sites:
         raise UserError("no sites: a POC needs at least one")
     for site, folder in sites.items():
@@ -138,20 +148,21 @@ class _Poc:
 
     def kit(self, name: str) -> Path:
         """Folder of one participant; it exists after `prepare`."""
-        return self._workspace / PROJECT / "prod_00" / name
+        return self._workspace / NAME / "prod_00" / name
 
     def prepare(self) -> None:
         """Provision, then lay our local settings over FLARE's defaults."""
-        project = self.out / "project.yml"
+        project = self.out / PROJECT
         write_text(project, yaml.safe_dump(_project(list(self._sites), free_port()), sort_keys=False))
         self._run("nvflare", "poc", "prepare", "-i", str(project), "--force")
         local = self.out / "local"
         for name in (SERVER, *self._sites):
             standard = read_json(self.kit(name) / "local" / "resources.json.default")
-            kind = "server" if name == SERVER else "client"
-            write_json(local / name / "local" / "resources.json", policy.resources(kind, standard))
-        for name, folder in self._sites.items():
-            write_json(local / name / "local" / "privacy.json", _privacy(folder))
+            files = policy.local_files("server" if name == SERVER else "client", standard)
+            if name != SERVER:  # the line that a hospital fills in; FLARE sends it nowhere
+                files["privacy.json"]["scopes"][0]["properties"][DATA_ROOT] = str(self._sites[name])
+            for file, content in files.items():
+                write_json(local / name / "local" / file, content)
         self._run("cp", "-R", f"{local}/.", str(self.kit(SERVER).parent))
 
     def start(self) -> None:
@@ -170,19 +181,27 @@ class _Poc:
             end_marked(self._mark)
 
     def collect_sites(self) -> dict[str, Path]:
-        """Keep what the jobs left at the sites: results, audit and logs, without the site's copy of job and models."""
-        folders = {}
-        for name in (*self._sites, SERVER):
-            target = self.out / ("server" if name == SERVER else f"sites/{name}")
-            kit = self.kit(name)
-            if kit.is_dir():
-                _copy_logs(kit, target)
-            for run in kit.glob("*-*-*-*-*/"):
-                _copy_logs(run, target / "job")
+        """Keep what is of use in the workspace; site -> its folder.
+
+        Each site's holds its own logs; `job/`: log and audit lines of the job, in a swarm the models; `training/`: the
+        trainer's log, what `privacy.jsonl` says of noised updates, the site's own best model; `results/`: predictions.
+        All of it would stay at a hospital; here the hospitals are the user's.
+        """
+        _keep(self.kit(SERVER), self.out / "server", LOGS)
+        for run in self.kit(SERVER).glob(_JOBS):
+            _keep(run, self.out / "server" / "job", LOGS)
+        folders = {name: self.out / "sites" / name for name in self._sites}
+        for name, target in folders.items():
+            _keep(self.kit(name), target, LOGS)
+            for run in self.kit(name).glob(_JOBS):
+                _keep(run, target / "job", (*LOGS, AUDIT_FILE, SITE_AUDIT_FILE, BEST_MODEL, LAST_MODEL))
+                _keep(
+                    training_folder(self.kit(name), name, run.name, self._environment),
+                    target / "training",
+                    KEPT_OF_TRAINING,
+                )
                 with suppress(OSError):
                     shutil.copytree(run / WORK / "results", target / "results", dirs_exist_ok=True)
-            folders[name] = target
-        folders.pop(SERVER)
         return folders
 
     def clean(self) -> None:
@@ -222,13 +241,6 @@ class _Poc:
             raise UserError(f"`{shlex.join(command[:3])}` failed ({' '.join(last)}): see {console}")
 
 
-def _privacy(folder: Path) -> dict[str, Any]:
-    """A kit's `local/privacy.json` with its data setting filled in, as the hospital would. FLARE sends it nowhere."""
-    content = policy.privacy()
-    content["scopes"][0]["properties"][DATA_ROOT] = str(folder)
-    return content
-
-
 def _project(sites: Sequence[str], port: int) -> dict[str, Any]:
     """The project file: one server on loopback, the sites, one admin; FLARE's own builders."""
     server = {"name": SERVER, "type": "server", "org": "poc", "fed_learn_port": port}
@@ -237,7 +249,7 @@ def _project(sites: Sequence[str], port: int) -> dict[str, Any]:
     builder = "nvflare.lighter.impl"
     return {
         "api_version": 3,
-        "name": PROJECT,
+        "name": NAME,
         "description": "heterosync on one machine",
         "participants": [server, *clients, admin],
         "builders": [
@@ -249,11 +261,10 @@ def _project(sites: Sequence[str], port: int) -> dict[str, Any]:
     }
 
 
-def _copy_logs(source: Path, target: Path) -> None:
-    for name in ("log.txt", "error_log.txt", "poc_console.log", AUDIT_FILE):
+def _keep(source: Path, target: Path, names: Sequence[str]) -> None:
+    for name in names:
         if (source / name).is_file():
-            make_folder(target)
-            shutil.copyfile(source / name, target / name)
+            copy_file(source / name, target / name)
 
 
 def free_port() -> int:

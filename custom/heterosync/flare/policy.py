@@ -11,6 +11,7 @@ from typing import Any
 
 from heterosync.files import read_json, write_json
 from heterosync.flare import allowlist, kit
+from heterosync.flare.kit_readme import put_readme
 
 SITE_FILTER = "heterosync.flare.site_filter.SiteOutboundFilter"
 SITE_PEER_GATE = "heterosync.flare.site_filter.SitePeerGate"
@@ -57,7 +58,8 @@ def authorization(kind: str) -> dict[str, Any]:
 
 def privacy() -> dict[str, Any]:
     """The one privacy scope, the default of every job. `data_root` is the line that the hospital fills in."""
-    limits: dict[str, Any] = {"methods": None, "max_megabytes": 1024, "withhold": []}
+    limits: dict[str, Any] = {"methods": None, "max_megabytes": 1024, "withhold": [], "max_rounds": None}
+    limits |= {"max_clip": None, "min_noise": 0}
     scope = {
         "name": SCOPE,
         "properties": {"data_root": ""},
@@ -84,16 +86,19 @@ def resources(kind: str, standard: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def local_files(kind: str, standard: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The policy of a server or client as files of its `local/`; `standard` are FLARE's resources of it."""
+    files = {"authorization.json": authorization(kind), "resources.json": resources(kind, standard)}
+    return {**files, "privacy.json": privacy()} if kind == "client" else files
+
+
 def put_policy(folder: Path | str, sealed_by: str) -> None:
     """Write the policy into `local/` of a kit that FLARE's builders have made. What the site has edited stays."""
     made = kit.Kit(folder)
     if made.kind == "admin":
         return
     standard = read_json(made.local / "resources.json.default")
-    files = {"authorization.json": authorization(made.kind), "resources.json": resources(made.kind, standard)}
-    if made.kind == "client":
-        files["privacy.json"] = privacy()
-    for name, content in files.items():
+    for name, content in local_files(made.kind, standard).items():
         write_json(made.local / f"{name}.default", content)
         if not (made.local / name).exists():
             write_json(made.local / name, content)
@@ -123,4 +128,5 @@ def secure(folder: Path | str) -> None:
     kit.refuse_sealed(folder)
     put_policy(folder, kit.SITE)
     put_check(folder, kit.SITE)
+    put_readme(folder)
     kit.seal(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,17 @@ class Server:
         return {**entry, "default_host": self.host, "host_names": hosts}
 
 
-def loopback(port: int = PORT) -> Server:
+def loopback(port: int = PORT, also: Sequence[str] = ()) -> Server:
     """A server for a federation on one machine; FLARE binds a server of this name to the loopback address only."""
-    return Server(LOOPBACK, port, ("127.0.0.1",))
+    return Server(LOOPBACK, port, ("127.0.0.1", *also))
 
 
 def make_project(name: str, server: Server, admin: str, sites: Path, description: str = "") -> dict[str, Any]:
     """The content of project.yml. `admin` is the e-mail of the project admin, `sites` a table with `COLUMNS`.
 
-    Raises `ProblemList` with every mistake of the table and its line, `UserError` for the other arguments.
+    Raises `ProblemList` with every mistake of the arguments, and of the table with its line.
     """
+    problems = []
     for value, kind, option in (
         (name, "org", "--name"),
         (server.host, "server", "--server"),
@@ -82,10 +84,15 @@ def make_project(name: str, server: Server, admin: str, sites: Path, description
     ):
         problem = _wrong(value, kind)
         if problem:
-            raise UserError(f"{option} '{value}' {problem}")
+            problems.append(f"{option} '{value}' {problem}")
     taken = {server.host.lower(): "the server", admin.lower(): "the project admin", "server": "the server"}
     project_admin = {"name": admin, "type": "admin", "org": COORDINATOR, "role": "project_admin"}
-    participants = read_sites(sites, taken)
+    try:
+        participants = read_sites(sites, taken)
+    except UserError as error:
+        problems += str(error).splitlines()
+    if problems:
+        raise ProblemList(problems)
     return {
         "api_version": 3,
         "name": name,

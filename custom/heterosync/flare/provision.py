@@ -25,18 +25,20 @@ from nvflare.tool.cert.fingerprint import cert_fingerprint_sha256
 from heterosync.errors import UserError
 from heterosync.files import read_json, write_json
 from heterosync.flare import kit
+from heterosync.flare.kit_readme import put_readme
 from heterosync.flare.policy import put_check, put_policy
 
 CERT_STATE = "cert.json"
 
 
 class SitePolicyBuilder(Builder):
-    """Puts the alliance's policy into `local/` of each kit, and the check of the kit into its start scripts."""
+    """Puts the alliance's policy into `local/` of each kit, and into `startup/` the check of the kit and a readme."""
 
     def build(self, project: Project, ctx: ProvisionContext) -> None:
         for participant in project.get_all_participants():
             put_policy(ctx.get_ws_dir(participant), kit.ALLIANCE)
             put_check(ctx.get_ws_dir(participant), kit.ALLIANCE)
+            put_readme(ctx.get_ws_dir(participant))
 
 
 class KitSigner(Builder):

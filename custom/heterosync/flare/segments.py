@@ -13,7 +13,7 @@ from heterosync.federation.wire import is_site_name
 from heterosync.files import explained, new_folder, read_json, write_json, write_text
 from heterosync.flare import allowlist
 from heterosync.flare.job_folder import APP, read_learning
-from heterosync.training.settings import TrainingSettings
+from heterosync.training.settings import LoopSettings
 
 CONFIGS = tuple(f"{APP}/config/config_fed_{kind}.json" for kind in ("server", "client"))
 
@@ -31,7 +31,7 @@ def segment_job(
     if training_id and not is_site_name(training_id):
         raise UserError(f"'{training_id}' is no id of a training: give the id of its first job")
     if rounds is not None:
-        training = {**training, "rounds": TrainingSettings(rounds=rounds).rounds}
+        training = {**training, "rounds": LoopSettings(rounds=rounds).rounds}
     configs = {name: read_json(job / name) for name in CONFIGS}
     for config in configs.values():
         for part in _parts(config):

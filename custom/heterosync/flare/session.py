@@ -17,12 +17,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nvflare.apis.fl_exception import FLCommunicationError
 from nvflare.apis.job_def import JobMetaKey
+from nvflare.fuel.common.excepts import ConfigError
 from nvflare.fuel.flare_api import api_spec
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from heterosync.errors import UserError
-from heterosync.files import make_folder, read_json
+from heterosync.files import explained, make_folder, read_json
 from heterosync.flare import messages
 
 #: What FLARE calls a job that ran to its end; every other end is a failure.
@@ -38,8 +40,44 @@ _MEANING = {
 _POLL = 1.0  # seconds between two looks at a job
 _OUTAGE = 120.0  # seconds that the server may be out of reach before we stop following
 _OURS = re.compile(r"\S+ \S+ - heterosync - [A-Z]+ - (?P<text>.*)")
-_LINE = re.compile(r"\S+ \S+ - \S+ - (?P<level>[A-Z]+) - (?:\[.*?\]: )?(?P<text>.*)")
+_LINE = re.compile(r"\S+ \S+ - \S+ - (?P<level>[A-Z]+) - (?:\[.*?\](?::| -) )?(?P<text>.*)")
 _REFUSED = re.compile("not in allow_list|ConfigError|ComponentNotAuthorized|No module named 'het")
+
+
+class Unreachable(UserError):
+    """The server cannot be reached; the same may be asked again later."""
+
+
+class ServerFailed(UserError):
+    """The server was reached and failed at what it was asked."""
+
+
+_LOST = "the server cannot be reached ({error}): is it running, is the port open?"
+_FAILED = "the server failed at it ({error}): try again; its own log.txt says why"
+#: What the exceptions of FLARE's API mean; the first kind that fits counts.
+_MEANINGS: tuple[tuple[type[Exception], str], ...] = (
+    *((kind, _LOST) for kind in (ConnectionError, TimeoutError, FLCommunicationError, api_spec.NoReply)),
+    *((kind, _FAILED) for kind in (api_spec.InternalError, RuntimeError)),
+    (api_spec.AuthorizationError, "the server gives this user no right to do that: use the kit of a lead"),
+    (api_spec.AuthenticationError, "the server does not accept this kit ({error}): is it of this alliance?"),
+    (api_spec.SessionClosed, "the server has closed this session ({error}): run the command again"),
+    (api_spec.InvalidJobDefinition, "{error}: write it anew with `heterosync job export`"),
+    (api_spec.JobNotFound, "{error}: `nvflare job list` shows what there is"),
+    (api_spec.JobNotDone, "{error}: wait for its end, or abort it"),
+    (api_spec.JobNotRunning, "{error}: `nvflare job list` shows how it ended"),
+    (api_spec.SubmitTokenConflict, "was submitted before with other content ({error}): submit it as it was, or anew"),
+    (api_spec.SubmitTokenJobDeleted, "was submitted before, and deleted since ({error}): submit it anew"),
+    (api_spec.NoClientsAvailable, "no site is connected: wait for the first one"),
+    (api_spec.ClientsStillRunning, "{error}: wait until they have ended"),
+    (
+        api_spec.InvalidTarget,
+        "the server does not know the site ({error}): `nvflare system status` names those it knows",
+    ),
+    (api_spec.InvalidArgumentError, "FLARE does not take that ({error}): mend it"),
+    (api_spec.CommandError, "the server refuses ({error}): mend that"),
+    (api_spec.JobTimeout, "{error}: look with `nvflare job meta`"),
+    (ConfigError, "the kit is not whole ({error}): look with `heterosync kit verify`"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +117,7 @@ class AdminSession:
 
     def __init__(self, session: Session):
         self._session = session
+        self._logs: dict[str, _JobLog] = {}
 
     def sites(self) -> list[str]:
         """Names of the sites that are connected now."""
@@ -114,23 +153,24 @@ class AdminSession:
         timeout: float | None = None,
         while_waiting: Callable[[], None] | None = None,
     ) -> JobEnd:
-        """Wait for the end of a job and say each of its lines once.
+        """Wait for the end of a job and say each of its lines once, also when it is followed again.
 
         timeout: seconds; after them the job is aborted and a `UserError` raised. while_waiting: called at every look.
+        Raises `Unreachable` or `ServerFailed` when nothing is heard of the job for two minutes.
         """
-        log, waiting = _JobLog(say), ""
+        log, waiting = self._logs.setdefault(job_id, _JobLog()), ""
         start = heard = time.monotonic()
         while True:
             now = time.monotonic()
             try:
-                meta = self._session.get_job_meta(job_id)
-                log.read(self._log_of(job_id))
+                meta, text = self.meta(job_id), self._log_of(job_id)
                 heard = now
-            except (ConnectionError, api_spec.InternalError, api_spec.NoReply) as error:
+            except (Unreachable, ServerFailed) as error:
                 if now - heard > _OUTAGE:
-                    line = f"job {job_id}: the server was out of reach for {_OUTAGE:.0f} s ({error}); it may still run"
-                    raise UserError(f"{line}: look with `nvflare job meta {job_id}`") from error
-                meta = {}
+                    line = f"{error} (for {_OUTAGE:.0f} s now; the job may still run)"
+                    raise type(error)(line) from error
+                meta, text = {}, ""
+            log.read(text, say)
             status = str(meta.get(JobMetaKey.STATUS.value, ""))
             if status.startswith(_FINISHED):
                 return JobEnd(job_id, status, "" if status == COMPLETED else log.cause() or _reason(meta, status))
@@ -155,46 +195,52 @@ class AdminSession:
 
     def download(self, job_id: str, out: Path | str) -> Path:
         """Put a finished job's folder below `out`; returns the server's part of it, with history.csv and models."""
-        with _explained(f"the result of job {job_id}"):
+        with _explained(f"the result of job {job_id}"), explained(out):
             location = self._session.download_job_result(job_id, str(make_folder(out)))
         return Path(location) / "workspace"
 
     def _log_of(self, job_id: str) -> str:
-        try:
-            return str(self._session.get_job_logs(job_id, "server")["logs"].get("server") or "")
-        except (api_spec.JobNotFound, api_spec.JobNotRunning, AttributeError, KeyError):
-            return ""  # not yet deployed, or moved to the store just now
-        except api_spec.AuthorizationError:
-            return ""  # a policy without the right `get_job_log`: the end of the job is seen all the same
+        with _explained(f"the log of job {job_id}"):
+            try:
+                return str(self._session.get_job_logs(job_id, "server")["logs"].get("server") or "")
+            except (api_spec.JobNotFound, api_spec.JobNotRunning, AttributeError, KeyError):
+                return ""  # not yet deployed, or moved to the store just now
+            except api_spec.AuthorizationError:
+                return ""  # a policy without the right `get_job_log`: the end of the job is seen all the same
 
 
 class _JobLog:
-    """Reads the server's log of a job as it grows: tells our lines, remembers what explains a failure."""
+    """Reads the server's log of a job as it grows: tells our lines, remembers what explains a failure.
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
-        self._read = 0
+    FLARE begins a new file after every 20 MiB and gives out that one only. What it wrote into the old one after our
+    last look, a moment before, stays unread.
+    """
+
+    def __init__(self) -> None:
+        self._first, self._read = "", 0  # the first line, which has the time in it, tells one file from the next
         self._problems: list[str] = []
         self._errors: list[str] = []
 
-    def read(self, text: str) -> None:
+    def read(self, text: str, say: Callable[[str], None]) -> None:
         lines = text.splitlines()
         if text and not text.endswith("\n"):
             lines.pop()  # still being written
+        if lines and lines[0] != self._first:
+            self._first, self._read = lines[0], 0
         for line in lines[self._read :]:
-            self._take(line)
+            self._take(line, say)
         self._read = max(self._read, len(lines))
 
-    def _take(self, line: str) -> None:
+    def _take(self, line: str, say: Callable[[str], None]) -> None:
         found = _LINE.match(line)
         if found is None:
             return
         level, text = found.group("level", "text")
         if text.startswith(messages.PROBLEM):
             self._problems.append(text.removeprefix(messages.PROBLEM))
-            self._say(self._problems[-1])
+            say(self._problems[-1])
         elif ours := _OURS.match(line):
-            self._say(ours.group("text"))
+            say(ours.group("text"))
         elif level in ("ERROR", "CRITICAL"):
             self._errors.append(text)
 
@@ -229,11 +275,8 @@ def _explained(what: str) -> Iterator[None]:
     """Turn what FLARE's API raises into one line for the user."""
     try:
         yield
-    except api_spec.AuthorizationError as error:
-        raise UserError(f"{what}: the server gives this user no right to do that: use the kit of a lead") from error
-    except api_spec.AuthenticationError as error:
-        raise UserError(f"{what}: the server does not accept this kit ({error}): is it of this alliance?") from error
-    except (api_spec.NoConnection, api_spec.SessionClosed) as error:
-        raise UserError(f"{what}: the server cannot be reached ({error}): is it running, is the port open?") from error
-    except (api_spec.InvalidJobDefinition, api_spec.JobNotFound, api_spec.JobNotDone, api_spec.JobNotRunning) as error:
-        raise UserError(f"{what}: {error}") from error
+    except tuple(kind for kind, _ in _MEANINGS) as error:
+        meaning = next(meaning for kind, meaning in _MEANINGS if isinstance(error, kind))
+        own = {_LOST: Unreachable, _FAILED: ServerFailed}.get(meaning, UserError)
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise own(f"{what}: {meaning.format(error=said)}") from error

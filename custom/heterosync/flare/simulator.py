@@ -17,7 +17,7 @@ from heterosync.federation.wire import is_site_name
 from heterosync.files import explained, make_folder, new_folder, read_json, write_json, write_text
 from heterosync.flare.allowlist import prepare_workspace
 from heterosync.flare.collect import collect_results
-from heterosync.flare.job_folder import is_swarm
+from heterosync.flare.job_folder import is_split, is_swarm
 from heterosync.flare.processes import ends_on_signal, package_environment
 from heterosync.flare.segments import training_id_of
 from heterosync.flare.simulator_process import Output, Simulator, log_config, watch
@@ -124,8 +124,8 @@ def _check(job: Path, workspace: Path, sites: list[str], data: Path, threads: in
         raise UserError("a site is named twice")
     if not 1 <= threads <= len(sites):
         raise UserError(f"threads is {threads}: it must be between 1 and the number of sites, {len(sites)}")
-    if threads < len(sites) and is_swarm(job):  # FLARE's simulator would start a new process for every task
-        raise UserError(f"threads is {threads}: a swarm needs a thread for every site, {len(sites)}")
+    if threads < len(sites) and (is_swarm(job) or is_split(job)):  # their sites wait for each other
+        raise UserError(f"threads is {threads}: this job needs one for each of its {len(sites)} sites")
     if any(letter.isspace() for letter in str(workspace)):
         raise UserError(f"workspace {workspace}: FLARE's simulator cannot work in a path with spaces: choose another")
     for folder, what in ((job, "job"), (data, "data")):

@@ -25,10 +25,9 @@ from heterosync.federation.results import RunRecorder
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.trainings import learning_info
 from heterosync.federation.wire import WirePolicy
-from heterosync.flare import messages
+from heterosync.flare import bounds, messages
 from heterosync.flare.persistor import LABELS
-from heterosync.methods import make_method
-from heterosync.training.settings import TrainingSettings
+from heterosync.training.settings import LoopSettings
 
 CHECK_PERIOD = 0.05  # seconds
 
@@ -69,11 +68,11 @@ class Supervision(Controller):
         self._outside: dict[str, str] = {}  # who did not pass the check-in, and why
         self._stop_line = ""
 
-    def _prepare(self, fl_ctx: FLContext) -> TrainingSettings:
+    def _prepare(self, fl_ctx: FLContext) -> LoopSettings:
         """Check every setting and open the record of the run, before any site is asked for anything."""
         self._folder = messages.run_folder(fl_ctx)
-        training = TrainingSettings.from_dict(self._training)
-        self._rules = make_method(self._method_name, self._settings, training)
+        self._rules = bounds.job_method(self._method_name, self._settings, self._training, fl_ctx)
+        training: LoopSettings = self._rules.training
         self._weights_leave = self._rules.weighting != "none"
         self._scores = Scoreboard(training)
         info = learning_info(self._method_name, self._settings, self._training)
@@ -89,6 +88,38 @@ class Supervision(Controller):
     def _changed(self, report: Mapping[str, Any], sites: list[str]) -> list[str]:
         """Problems of going on with the training of earlier jobs with these sites, of which one reports `report`."""
         return []
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """The check-in, FLARE's own rounds, what is left to do after them; then the record of the run is closed."""
+        status = "stopped: aborted"
+        try:
+            if not abort_signal.triggered:
+                self._check_in(abort_signal, fl_ctx)
+                self._begin(abort_signal, fl_ctx)
+                super().control_flow(abort_signal, fl_ctx)
+            if not abort_signal.triggered and not self._stop_line:
+                status = self._end(abort_signal, fl_ctx)
+        except Exception as error:
+            if not (abort_signal.triggered and isinstance(error, Stopped)):
+                self._stop(cause_of(error), fl_ctx)
+        finally:
+            if hasattr(self, "_recorder"):
+                ended = f"failed: {self._stop_line}" if self._stop_line else status
+                self._guarded(fl_ctx, self._recorder.finish, ended)
+            self._leave(fl_ctx)
+
+    def _begin(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Called between the check-in and the rounds."""
+
+    def _end(self, abort_signal: Signal, fl_ctx: FLContext) -> str:
+        """What is done after the rounds; the status of the run. Raises `Stopped`."""
+        raise NotImplementedError
+
+    def _leave(self, fl_ctx: FLContext) -> None:
+        """Called last, however the job ended."""
+
+    def _checked_in(self, reports: dict[str, dict[str, Any]]) -> None:
+        """Called with what the sites said of themselves, once they fit together."""
 
     def set_communicator(self, communicator: Any) -> None:
         super().set_communicator(communicator)
@@ -142,6 +173,7 @@ class Supervision(Controller):
             raise Stopped("\n".join(problems))
         fl_ctx.set_prop(LABELS, tuple(first["labels"]), private=True, sticky=True)
         self._recorder.checked_in(reports)
+        self._checked_in(reports)
         self._sites = names = sorted(reports)
         if self._rules.needs_all:
             self._min_clients = len(names)

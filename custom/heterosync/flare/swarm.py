@@ -79,27 +79,11 @@ class SwarmController(Supervision, SwarmServerController):
         except Exception as error:
             self._stop(cause_of(error), fl_ctx)
 
-    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        self._signal = abort_signal
-        status = "stopped: aborted"
-        try:
-            if not abort_signal.triggered:
-                self._check_in(abort_signal, fl_ctx)
-                self.participating_clients = list(self._sites)
-                super().start_controller(fl_ctx)  # FLARE's swarm begins only now, with those that fit together
-                self._began = time.monotonic()
-                super().control_flow(abort_signal, fl_ctx)
-            if not abort_signal.triggered and not self._stop_line:
-                self._finish(abort_signal, fl_ctx)
-                status = "completed"
-        except Exception as error:
-            if not (abort_signal.triggered and isinstance(error, Stopped)):
-                self._stop(cause_of(error), fl_ctx)
-        finally:
-            if self._stop_line:
-                status = f"failed: {self._stop_line}"
-            if hasattr(self, "_recorder"):
-                self._guarded(fl_ctx, self._recorder.finish, status)
+    def _begin(self, signal: Signal, fl_ctx: FLContext) -> None:
+        """FLARE's swarm begins only now, with those that fit together."""
+        self._signal, self.participating_clients = signal, list(self._sites)
+        super().start_controller(fl_ctx)
+        self._began = time.monotonic()
 
     def _check_job_status(self, fl_ctx: FLContext) -> bool:
         """FLARE asks this every moment of the swarm; a round is over once every site has begun the next one."""
@@ -113,7 +97,7 @@ class SwarmController(Supervision, SwarmServerController):
         self._current_round = round_
         what = f"the report on round {round_}"
         metrics = self._enough(self._ask(messages.REPORT, self._question({}), what, signal, fl_ctx), what)
-        self._scores.add(round_, {site: values.get("val_auc_received") for site, values in metrics.items()})
+        self._scores.add(round_, {site: values.get(self._rules.task.received) for site, values in metrics.items()})
         for site in sorted(metrics):
             self._recorder.site_done(round_, site, metrics[site])
         now = time.monotonic()
@@ -121,19 +105,21 @@ class SwarmController(Supervision, SwarmServerController):
         self._recorder.round_done(round_, list(metrics), metrics, None, now - self._began, payload)
         self._recorded, self._began = round_ + 1, now
 
-    def _finish(self, signal: Signal, fl_ctx: FLContext) -> None:
+    def _end(self, signal: Signal, fl_ctx: FLContext) -> str:
         """Take the reports that are missing, score the last fusion, test the best and the last model."""
         while self._recorded < self.num_rounds:
             self._record_round(self._recorded, signal, fl_ctx)
         self._current_round = self.num_rounds
         answers, what = self._validate("last", {}, "validation", signal, fl_ctx)
-        aucs = {site: values.get("auc") for site, values in self._enough(answers, what).items()}
-        self._scores.add(self.num_rounds, aucs)
-        self._recorder.validation(self.num_rounds, aucs)
+        metric = self._rules.task.metric
+        scores = {site: values.get(metric) for site, values in self._enough(answers, what).items()}
+        self._scores.add(self.num_rounds, scores)
+        self._recorder.validation(self.num_rounds, scores)
         self._recorder.note(best_round=self._scores.best, plateau_round=self._scores.plateau)
         problems = self._test({"best": dict, "last": dict}, signal, fl_ctx)
         if problems:
             raise Stopped("\n".join(problems))
+        return "completed"
 
     def _question(self, state: Mapping[str, Any]) -> Shareable:
         """A task without a model: the sites hold it, and learn here which one is the best so far."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from heterosync.flare import allowlist, messages
+from heterosync.flare.job_options import JobOptions
 from heterosync.flare.swarm_site import CONTROL_TASKS, PEER_TASKS
-
-if TYPE_CHECKING:
-    from heterosync.flare.job import JobOptions
 
 ALL = 10**6  # more than any number of sites: FLARE then waits for every one
 

@@ -138,12 +138,14 @@ class SwarmPersistor(GlobalModelPersistor):
 class ServerGate(OutboundFilter):
     """`OutboundFilter` of a swarm: scalars may go to the server, tensors never, whatever task it thinks of."""
 
-    def _checked(self, task: str, shareable: Shareable) -> tuple[dict[str, Any], dict[str, Any], Shareable]:
+    def _checked(
+        self, task: str, shareable: Shareable, fl_ctx: FLContext
+    ) -> tuple[dict[str, Any], dict[str, Any], Shareable]:
         if task == messages.TRAIN:
             raise blocked("in a swarm the server gets no weights")
         if task in (*CONTROL_TASKS, *PEER_TASKS):
             return {}, {}, make_reply(ReturnCode.OK)
-        return super()._checked(messages.VALIDATE if task == messages.REPORT else task, shareable)
+        return super()._checked(messages.VALIDATE if task == messages.REPORT else task, shareable, fl_ctx)
 
 
 class PeerGate(OutboundFilter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def build_encoder(backbone: str = "resnet18", channels: int = 3, weights: str = 
     """A ResNet whose last layer `fc` has `outputs` logits, never in reduced precision; 0: as many values as features
     (512 for ResNet18).
 
-    `weights`: "none", "imagenet" (torchvision's cached file), "auto" (that file if it is there, else none) or the path
-    of a torchvision ResNet18 state. Nothing is ever downloaded. Raises `UserError` for a bad name or file.
+    `weights`: "none", "imagenet" (torchvision's cached file), "auto" (that file if it is there, else none), or a file
+    with a torchvision ResNet18 state, by its name in the folder of torchvision's cached files or by its path. Nothing
+    is ever downloaded. Raises `UserError` for a bad name or file.
     """
     if backbone == "resnet18":
         net = ResNet(BasicBlock, [2, 2, 2, 2])
@@ -116,9 +118,12 @@ def _weights_file(backbone: str, weights: str) -> Path | None:
         return None
     if backbone != "resnet18":
         raise UserError(f"setting 'weights' is '{weights}' but backbone '{backbone}' has no weights: set it to none")
-    path = cached if weights in ("auto", "imagenet") else Path(weights)
+    if weights in ("auto", "imagenet"):
+        path = cached
+    else:
+        path = Path(weights) if os.path.dirname(weights) else cached.parent / weights
     if not path.is_file():
-        hint = "put torchvision's ResNet18 file there" if weights == "imagenet" else "give an existing file"
+        hint = "put torchvision's ResNet18 file there" if weights == "imagenet" else "put the file there"
         raise UserError(f"setting 'weights' is '{weights}' but {path} does not exist: {hint}, or use 'none'")
     return path
 

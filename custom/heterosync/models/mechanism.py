@@ -1,4 +1,4 @@
-"""How strongly the anchor task reaches the primary task inside an MMoE: three numbers per round."""
+"""How strongly the anchor task reaches the primary task inside an MMoE, in numbers per round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from heterosync.models.mmoe import MMoE
 def mechanism(model: MMoE, primary: Tensor, labels: Tensor, anchor: Tensor, anchor_labels: Tensor) -> dict[str, float]:
     """Measure on two small batches (b, c, h, w) with labels (b,); model, gradients and mode stay as they were.
 
-    anchor_gradient_ratio   |dL_anchor/d encoder 1| / |dL_primary/d encoder 1|
+    primary_gradient        |dL_primary/d encoder 1|, the L2 norm over all its weights
+    anchor_gradient         |dL_anchor/d encoder 1|
+    anchor_gradient_ratio   the second over the first
     partner_effect          mean |change of the primary probability| when the partner image is replaced by the next one
     mixture_share           |m_1| / (|m_1| + |s_1|): part of tower 1's input that comes from the mixture, not the skip
     """
@@ -35,8 +37,11 @@ def mechanism(model: MMoE, primary: Tensor, labels: Tensor, anchor: Tensor, anch
             effect = torch.stack([_partner_step(head, f1, f2, shift) for shift in range(len(f2))]).mean()
             mixtures, skips = head.mix(f1, f2[paired])
             share = mixtures[0].norm() / (mixtures[0].norm() + skips[0].norm()).clamp_min(1e-300)
+        main_norm, side_norm = _norm(main), _norm(side)
         return {
-            "anchor_gradient_ratio": float(_norm(side) / _norm(main).clamp_min(1e-30)),
+            "primary_gradient": float(main_norm),
+            "anchor_gradient": float(side_norm),
+            "anchor_gradient_ratio": float(side_norm / main_norm.clamp_min(1e-30)),
             "partner_effect": float(effect),
             "mixture_share": float(share),
         }

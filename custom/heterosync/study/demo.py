@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from heterosync.files import own_folder, write_json
-from heterosync.study.report import auc_table, summary, write_report
-from heterosync.study.runs import read_runs
+from heterosync.study.evidence.runs import read_runs
+from heterosync.study.pages.report import auc_table, summary, write_report
 
 MARK = ".heterosync-demo"
 

@@ -131,7 +131,8 @@ def check_gpu() -> Check:
 
 def check_data(folder: Path) -> list[Check]:
     """A site folder, or a folder of site folders; every problem (many of one kind: their summary) is one check."""
-    from heterosync.data.check import inspect_site, summarised
+    from heterosync.data.check import summarised
+    from heterosync.data.task_kinds import check_folder
     from heterosync.training.checks import device_problem
 
     if not folder.is_dir():
@@ -141,8 +142,8 @@ def check_data(folder: Path) -> list[Check]:
         return [Check("data", PROBLEM, f"no site.yaml in {folder} or one level below", "See `heterosync data --help`")]
     checks = []
     for site in sites:
-        found = inspect_site(site, None)
-        device = device_problem(found.config.device) if found.config else None
+        found = check_folder(site)
+        device = device_problem(found.device) if found.device else None
         problems = summarised([*found.problems, *([f"site.yaml: {device}"] if device else [])])
         checks += [Check(f"data {site.name}", PROBLEM, problem) for problem in problems]
         if not problems:
@@ -183,7 +184,7 @@ def check_allow_list(workspace: Path, classes: Sequence[str]) -> Check:
     ]
     if absent:
         return Check("allow-list", PROBLEM, f"{path} lacks {', '.join(absent)}", "Add them to class_allow_list")
-    return Check("allow-list", OK, f"{len(classes)} classes of heterosync in {path}")
+    return Check("allow-list", OK, f"the {len(classes)} classes that jobs name, in {path}")
 
 
 def check_port(port: int) -> Check:

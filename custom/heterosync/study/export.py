@@ -12,6 +12,7 @@ from heterosync.federation.modelfile import ModelFile, load_model
 from heterosync.files import write_with
 from heterosync.methods.base import Method
 from heterosync.study.partners import partner_images
+from heterosync.training import CLASSIFICATION
 
 #: Largest difference between the program read back and the model that is taken as equal (float32 rounding).
 TOLERANCE = 1e-5
@@ -42,6 +43,8 @@ def export_model(model: Path | str, out: Path | str, partner: str | None = None)
     """
     file: ModelFile = load_model(model)
     method, network = file.build()
+    if method.task is not CLASSIFICATION:
+        raise UserError(f"a model of method '{method.name}' segments volumes: only pictures' models are exported")
     partner = partner or str(getattr(method.settings, "test_partner", "self"))
     if partner == "sat_index":
         raise UserError(

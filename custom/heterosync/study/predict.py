@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from heterosync.data.anchor import INFO as ANCHOR_INFO
 from heterosync.data.packs import Pack
 from heterosync.data.readers import PILLOW_SUFFIXES, ImageReader, to_size
 from heterosync.data.site import CONFIG, MANIFEST, read_manifest, read_site_config
@@ -21,6 +22,7 @@ from heterosync.files import write_text
 from heterosync.methods.base import Method
 from heterosync.study.partners import partner_images
 from heterosync.study.table import csv_table
+from heterosync.training import CLASSIFICATION
 from heterosync.training.metrics import binary_metrics
 
 SUFFIXES = (*PILLOW_SUFFIXES, ".dcm", ".dicom", ".ima", ".nii", ".nii.gz", ".npy")
@@ -58,7 +60,8 @@ class Predictions:
 def open_source(path: Path | str) -> Source:
     """A site folder (the rows of its manifest), a folder of images at any depth, one image, or an .npz pack.
 
-    Raises `UserError` when there is nothing to read.
+    An anchor pack below a folder is left out: it is no site's test data. Raises `UserError` when there is nothing to
+    read, or when the folder holds site folders.
     """
     path = Path(path)
     if not path.exists():
@@ -70,10 +73,15 @@ def open_source(path: Path | str) -> Source:
         config = read_site_config(path)
         rows = read_manifest(path, config)
         return Source(ImageReader(path, config.window), [row.image for row in rows], [row.label for row in rows])
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    sites = [file.parent for file in files if file.name == CONFIG and file.parent != path]
+    if sites:
+        raise UserError(f"{path} holds site folders: name one of them, for example {sites[0]}")
+    anchors = {file.parent for file in files if file.name == ANCHOR_INFO} - {path}
     names, problems = [], []
-    for file in sorted(path.rglob("*")):
+    for file in files:
         name = file.relative_to(path).as_posix()
-        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
+        if any(part.startswith(".") for part in file.relative_to(path).parts) or anchors.intersection(file.parents):
             continue
         try:
             names += _entries(file, name) or ([name] if name.lower().endswith(SUFFIXES) else [])
@@ -108,6 +116,8 @@ def predict(
     file = model if isinstance(model, ModelFile) else load_model(model)
     source = source if isinstance(source, Source) else open_source(source)
     method, network = file.build()
+    if method.task is not CLASSIFICATION:
+        raise UserError(f"a model of method '{method.name}' segments volumes: only pictures are scored here")
     partner = partner or str(getattr(method.settings, "test_partner", "self"))
     partners = partner_images(method, file.assets, partner, anchor)
     place = open_device(device)

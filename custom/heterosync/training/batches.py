@@ -13,7 +13,8 @@ from heterosync.training.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss sees: images float32 (b, c, h, w), labels float32 (b,) of 0 and 1; the anchor half only if in use."""
+    """What a loss sees, float32: images (b, c, h, w) with labels (b,) of 0 and 1, and an anchor half if in use; or
+    volumes (b, 1, x, y, z) with masks of the same shape."""
 
     images: Tensor
     labels: Tensor

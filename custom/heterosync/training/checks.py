@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from heterosync.data.dataset import SiteData
 from heterosync.errors import UserError, nearest
-from heterosync.training.learner import Learner
 from heterosync.training.precision import PRECISIONS
+from heterosync.training.task import LocalData
 
 
-def check_fit(site: str, method: Learner, data: SiteData, device: torch.device, precision: str) -> None:
-    """Pictures have the settings' size, the device is there, the precision is known."""
+def check_machine(site: str, device: torch.device, precision: str) -> None:
+    """The device is there, the precision is known."""
     check_device(site, device)
-    settings = method.training
     if precision not in PRECISIONS:
         raise UserError(f"site {site}: precision '{precision}': {nearest(precision, PRECISIONS)}")
-    wanted = (settings.channels, settings.image_size, settings.image_size)
-    for name, images in (("images", data.primary), ("anchor images", data.anchor)):
-        if images is not None and tuple(images.pixels.shape[1:]) != wanted:
-            found = tuple(images.pixels.shape[1:])
-            raise UserError(f"site {site}: {name} are {found}, training settings ask for {wanted}")
 
 
 def check_device(site: str, device: torch.device) -> None:
@@ -43,12 +37,17 @@ def device_problem(name: str) -> str | None:
     return None if here else f"device '{name}' is not there: set device in site.yaml to cpu or auto"
 
 
-def check_trainable(site: str, method: Learner, data: SiteData) -> None:
-    """There is something to train on; a site that only evaluates needs neither training rows nor anchors."""
-    if method.uses_anchor and (data.anchor is None or not len(data.anchor)):
-        raise UserError(f"site {site}: method '{method.name}' needs the anchor pack: put it into anchor/")
-    if len(data.splits["train"]) < 2:
-        raise UserError(f"site {site}: the train split has fewer than 2 images: add rows to manifest.csv")
+def check_trainable(site: str, data: LocalData, items: str, least: int) -> None:
+    """There is something to train on; a site that only evaluates needs no training rows."""
+    if len(data.splits["train"]) < least:
+        raise UserError(f"site {site}: the train split has fewer than {least} {items}: add rows to manifest.csv")
+
+
+def split_rows(site: str, data: LocalData, split: str) -> np.ndarray:
+    """Row numbers of a split."""
+    if split not in data.splits:
+        raise UserError(f"site {site}: there is no split '{split}': {nearest(split, data.splits)}")
+    return data.splits[split]
 
 
 def check_shared(shared: Mapping[str, Tensor], names: Collection[str], own: Mapping[str, Tensor], where: str) -> None:

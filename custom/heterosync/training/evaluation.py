@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ class Evaluation:
     labels: np.ndarray  # int64 (n,)
     ids: list[str]
     metrics: dict[str, float | None]  # see metrics.binary_metrics
+
+    def rows(self, split: str, model: str) -> list[list[Any]]:
+        """The table of cases, under the columns of the task."""
+        scored = zip(self.ids, self.labels.tolist(), self.probabilities.tolist(), strict=True)
+        return [[id_, split, label, probability, model] for id_, label, probability in scored]
 
 
 def score(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
 from heterosync.training.batches import Batch
-from heterosync.training.settings import Settings, TrainingSettings
+from heterosync.training.settings import Settings
 
 
 class Learner(Protocol):
     uses_anchor: bool
+    split: ClassVar[bool]
     settings: Settings
-    training: TrainingSettings
+    training: Any  # of the task's settings class
 
     @property
     def name(self) -> str: ...

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from heterosync.errors import UserError, nearest
 from heterosync.training.batches import Batch
 from heterosync.training.learner import Learner
+from heterosync.training.task import TaskLearner
 
 PRECISIONS = ("float32", "bfloat16")
 #: bfloat16 must save at least this share of a step's time to be chosen
@@ -38,7 +39,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def choose_precision(
-    learner: Learner, device: str | torch.device = "cpu", steps: int = 4
+    learner: TaskLearner, device: str | torch.device = "cpu", steps: int = 4
 ) -> tuple[str, dict[str, float]]:
     """The faster precision for this method on this device, and the measured seconds per step of each.
 
@@ -59,12 +60,10 @@ def choose_precision(
     return ("bfloat16" if faster else "float32"), timings
 
 
-def _measure(learner: Learner, device: torch.device, steps: int) -> dict[str, float]:
+def _measure(learner: TaskLearner, device: torch.device, steps: int) -> dict[str, float]:
     size = min(learner.training.batch_size, 8) if device.type != "cuda" else learner.training.batch_size
-    model = learner.build_model(weights="none").to(device, memory_format=torch.channels_last).train()
-    batch = Batch(_images(size, learner, device), _labels(size, device))
-    if learner.uses_anchor:
-        batch = Batch(batch.images, batch.labels, _images(size, learner, device), _labels(size, device))
+    model = learner.build_model(weights="none").to(device, memory_format=learner.task.layout).train()
+    batch = learner.task.random_batch(learner, size, device)
     best = dict.fromkeys(PRECISIONS, float("inf"))
     began = time.perf_counter()
     for step in range(steps + 1):
@@ -84,16 +83,6 @@ def _step_seconds(learner: Learner, model: nn.Module, batch: Batch, device: torc
         loss = learner.loss(model, batch)
     loss.backward()
     return _now(device) - start
-
-
-def _images(count: int, learner: Learner, device: torch.device) -> Tensor:
-    size = learner.training.image_size
-    images = torch.rand(count, learner.training.channels, size, size, device=device)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def _labels(count: int, device: torch.device) -> Tensor:
-    return (torch.arange(count, device=device) % 2).float()
 
 
 def _now(device: torch.device) -> float:

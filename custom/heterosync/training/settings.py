@@ -16,8 +16,9 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from heterosync.errors import UserError, nearest
 
 T = TypeVar("T", bound="Settings")
+L = TypeVar("L", bound="LoopSettings")
 
-#: Values of `weights` that are no path.
+#: Values of `weights` that name no file.
 WEIGHTS = ("auto", "imagenet", "none")
 
 
@@ -112,34 +113,23 @@ def _check_range(value: Any, metadata: Mapping[str, Any], name: str) -> None:
 
 
 @dataclass(frozen=True)
-class TrainingSettings(Settings):
-    """The local recipe that all methods share (paper, Model development; docs/hsl.md)."""
+class LoopSettings(Settings):
+    """What the local loop itself asks for, whatever is learned; each task adds its own and has its own defaults."""
 
     what: ClassVar[str] = "training"
 
-    image_size: int = setting(224, "[P] 224; pixels per side, aspect ratio not kept [C]", low=16, high=2048)
-    channels: int = setting(3, "[C] RGB; 1 = grey [own]", low=1, high=3)
-    backbone: str = setting(
-        "resnet18", "[P]; resnet_tiny for the smoke profile [own]", choices=("resnet18", "resnet_tiny")
-    )
-    weights: str = setting("auto", "[C] ImageNet; auto, none, imagenet or a path [own]")
     rounds: int = setting(20, "[P] 100 epochs, fusion every 5", low=1)
     local_epochs: int = setting(5, "[P]", low=1)
     batch_size: int = setting(64, "[own]; paper: by local capacity, code: 200 and 100", low=2)
     optimizer: str = setting("adam", "[P]; the code uses AdamW [C]", choices=("adam", "adamw", "sgd"))
     lr: float = setting(1e-3, "[P]", low=1e-12)
     weight_decay: float = setting(1e-4, "[P]", low=0.0)
-    schedule: str = setting(
-        "cosine", "[P] cosine 'period 10', [C] T_max 10", choices=("cosine", "warm_restart", "constant")
-    )
-    schedule_period: int = setting(10, "[P] epochs, counted over all rounds [R]", low=1)
+    schedule: str = setting("constant", "[own]", choices=("constant",))
     lr_floor: float = setting(1e-4, "[C]", low=0.0)
     keep_moments: bool = setting(
         False, "[R] optimiser moments start anew after a fusion; kept are those of the best epoch, as its weights"
     )
     augment: bool = setting(True, "[C] rotation +-15 degrees, horizontal flip")
-    balanced_sampler: bool = setting(True, "[C]+[R] the same sampler for every method, or results compare samplers")
-    match_steps: int = setting(0, "[R] items per epoch at least, for as many steps as HSL; 0 = off", low=0)
     early_stop: bool = setting(False, "[R] stop where the plateau rule fires")
     plateau_gain: float = setting(0.005, "[P] 0.5 % AUC", low=0.0)
     plateau_count: int = setting(3, "[P]", low=1)
@@ -149,19 +139,52 @@ class TrainingSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.channels == 2:
-            raise UserError("training setting 'channels' is 2: 1 (grey) or 3 (RGB) are possible")
-        path = os.path.dirname(self.weights) or os.path.splitext(self.weights)[1]  # it may exist at the sites only
-        if self.weights not in WEIGHTS and not path:
-            raise UserError(
-                f"training setting 'weights' is '{self.weights}': {nearest(self.weights, WEIGHTS)}, or the path of a "
-                "file, for example /models/resnet18.pt"
-            )
         if self.schedule != "constant" and self.lr_floor > self.lr:
             raise UserError(
                 f"training setting 'lr_floor' is {self.lr_floor}, above 'lr' {self.lr}: lower it, e.g. to 0"
             )
 
+    @property
+    def weights_path(self) -> bool:
+        """Whether the first weights are a file that is named by its place."""
+        return False
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | None) -> TrainingSettings:
+    def from_dict(cls: type[L], values: Mapping[str, Any] | None) -> L:
         return settings_from(cls, values)
+
+
+@dataclass(frozen=True)
+class TrainingSettings(LoopSettings):
+    """The local recipe that all methods of classification share (paper, Model development; docs/hsl.md)."""
+
+    image_size: int = setting(224, "[P] 224; pixels per side, aspect ratio not kept [C]", low=16, high=2048)
+    channels: int = setting(3, "[C] RGB; 1 = grey [own]", low=1, high=3)
+    backbone: str = setting(
+        "resnet18", "[P]; resnet_tiny for the smoke profile [own]", choices=("resnet18", "resnet_tiny")
+    )
+    weights: str = setting(
+        "auto", "[C] ImageNet; auto, none, imagenet, a file's name in torch's cache, in simulations its path [own]"
+    )
+    schedule: str = setting(
+        "cosine", "[P] cosine 'period 10', [C] T_max 10", choices=("cosine", "warm_restart", "constant")
+    )
+    schedule_period: int = setting(10, "[P] epochs, counted over all rounds [R]", low=1)
+    balanced_sampler: bool = setting(True, "[C]+[R] the same sampler for every method, or results compare samplers")
+    match_steps: int = setting(0, "[R] items per epoch at least, for as many steps as HSL; 0 = off", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels == 2:
+            raise UserError("training setting 'channels' is 2: 1 (grey) or 3 (RGB) are possible")
+        file = self.weights_path or os.path.splitext(self.weights)[1]  # it may exist at the sites only
+        if self.weights not in WEIGHTS and not file:
+            raise UserError(
+                f"training setting 'weights' is '{self.weights}': {nearest(self.weights, WEIGHTS)}, or the name of a "
+                "file in torch's cache, for example resnet18-own.pt"
+            )
+
+    @property
+    def weights_path(self) -> bool:
+        """Whether `weights` says where a file lies, not only its name."""
+        return os.path.dirname(self.weights) != ""

@@ -14,7 +14,20 @@ from heterosync.errors import UserError
 from heterosync.files import write_stream
 
 FORMAT = 1
-_KEYS = {"format", "method", "site", "round", "request", "state", "metrics", "epochs", "moments", "start"}
+_KEYS = {
+    "format",
+    "method",
+    "site",
+    "round",
+    "request",
+    "state",
+    "metrics",
+    "epochs",
+    "moments",
+    "start",
+    "moments_before",
+}
+_LATER = {"trace"}  # of records that an earlier version wrote without it
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -47,7 +60,7 @@ def load_state(path: Path, method: str, site: str) -> dict[str, Any] | None:
         record = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"site {site}: resume state {path} is damaged: delete it; training then starts anew") from error
-    if not isinstance(record, dict) or set(record) != _KEYS or record["format"] != FORMAT:
+    if not isinstance(record, dict) or not _KEYS <= set(record) <= _KEYS | _LATER or record["format"] != FORMAT:
         raise UserError(f"site {site}: {path} is no resume state of this version: delete it; training then starts anew")
     for key, wanted in (("method", method), ("site", site)):
         if record[key] != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,19 +10,17 @@ from torch import Tensor, nn
 
 from heterosync import pulse
 from heterosync.errors import UserError
-from heterosync.training.augment import augment, draw_augmentation
-from heterosync.training.batches import Batch, EpochPlan, batch_bounds
-from heterosync.training.feed import Feed
+from heterosync.training.batches import Batch
 from heterosync.training.learner import Learner
 from heterosync.training.precision import autocast
-from heterosync.training.seeds import seed_of, stream
-from heterosync.training.settings import TrainingSettings
+from heterosync.training.seeds import seed_of
+from heterosync.training.settings import LoopSettings
 
 #: this many steps in a row without a finite loss and gradient end the training
 MAX_SKIPPED = 5
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
     """Adam, AdamW or plain SGD over all parameters, as the settings say."""
     parameters = list(model.parameters())
     if settings.optimizer == "sgd":
@@ -38,7 +37,7 @@ class EpochOutcome:
     skipped: int
 
 
-class _Buffers:
+class Buffers:
     """The model's buffers before a step: a forward pass moves BatchNorm's statistics also when the step is skipped."""
 
     def __init__(self, model: nn.Module):
@@ -64,49 +63,29 @@ class Steps:
     learner: Learner
     model: nn.Module
     site: str
-    primary: Feed
-    anchor: Feed | None
     device: torch.device
     precision: str
 
-    def run(self, plan: EpochPlan, optimizer: torch.optim.Optimizer, round_: int, epoch: int) -> EpochOutcome:
-        """One pass over `plan`; dropout and augmentation draw from streams of (seed, site, round, epoch) alone."""
-        settings = self.learner.training
-        key = (settings.seed, self.site, round_, epoch)
-        torch.manual_seed(seed_of(*key, "dropout"))
-        draws = {half: draw_augmentation(len(plan), stream(*key, "augment", half)) for half in ("primary", "anchor")}
+    def run(self, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, round_: int, epoch: int) -> EpochOutcome:
+        """One pass over `batches`; dropout draws from a stream of (seed, site, round, epoch) alone."""
+        torch.manual_seed(seed_of(self.learner.training.seed, self.site, round_, epoch, "dropout"))
         self.model.train()
-        buffers = _Buffers(self.model)
+        buffers = Buffers(self.model)
         total, items, steps, skipped, in_a_row = 0.0, 0, 0, 0, 0
-        for start, stop in batch_bounds(len(plan), settings.batch_size):
+        for batch in batches:
             pulse.beat()
-            part = slice(start, stop)
-            batch = self._batch(plan, part, draws if settings.augment else None)
-            loss = self._step(batch, optimizer, buffers)
+            loss, count = self._step(batch, optimizer, buffers), len(batch.images)
             if loss is None:
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 if in_a_row >= MAX_SKIPPED:
                     raise self._diverged(round_, f"{in_a_row} steps in a row")
                 continue
-            total, items, steps, in_a_row = total + loss * (stop - start), items + stop - start, steps + 1, 0
+            total, items, steps, in_a_row = total + loss * count, items + count, steps + 1, 0
         if not steps:
             raise self._diverged(round_, "every step of an epoch")
         return EpochOutcome(total / items, steps, skipped)
 
-    def _batch(self, plan: EpochPlan, part: slice, draws: dict | None) -> Batch:
-        def half(feed: Feed, rows, name: str) -> tuple[Tensor, Tensor]:
-            images = feed.batch(rows[part])
-            if draws is not None:
-                angles, flips = draws[name]
-                images = augment(images, angles[part], flips[part])
-            return images.contiguous(memory_format=torch.channels_last), feed.labels(rows[part])
-
-        first = half(self.primary, plan.primary, "primary")
-        if plan.anchor is None or self.anchor is None:
-            return Batch(*first)
-        return Batch(*first, *half(self.anchor, plan.anchor, "anchor"))
-
-    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, buffers: _Buffers) -> float | None:
+    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, buffers: Buffers) -> float | None:
         """One optimiser step; its loss, or None when loss or gradient were not finite: the model is then as before."""
         buffers.keep()
         optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The report on one or more runs: text, Markdown, CSV and figures."""
+"""The report on one or more runs: text, Markdown, CSV, figures and a page."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from heterosync.files import make_folder, write_text
-from heterosync.study import figure
-from heterosync.study.runs import Run, read_runs
+from heterosync.study.evidence.runs import Run, read_runs
+from heterosync.study.figures import run as figures
+from heterosync.study.pages import html
 from heterosync.study.table import ABSENT, csv_table, mean, number, text_table, with_interval
 
 __all__ = ["auc_table", "read_runs", "report_dict", "report_text", "summary", "write_report"]
@@ -31,7 +32,7 @@ def summary(runs: Sequence[Run]) -> dict[str, dict[str, float | None]]:
     }
 
 
-def auc_table(runs: Sequence[Run]) -> str:
+def auc_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Test AUC with its 95 % interval: one row per site, one column per run."""
     rows = []
     for site in sites_of(runs):
@@ -40,7 +41,11 @@ def auc_table(runs: Sequence[Run]) -> str:
         counts = f"{number(known['n'], 0)} ({number(known.get('n_positive'), 0)})" if known else ABSENT
         rows.append([site, counts, *(with_interval(m.get("auc"), m.get("ci_low"), m.get("ci_high")) for m in cells)])
     rows.append(["mean", "", *(number(values["mean"]) for values in summary(runs).values())])
-    return text_table(["site", "test images (positive)", *(run.label for run in runs)], rows)
+    return ["site", "test images (positive)", *(run.label for run in runs)], rows
+
+
+def auc_table(runs: Sequence[Run]) -> str:
+    return text_table(*auc_rows(runs))
 
 
 def validation_table(runs: Sequence[Run]) -> str:
@@ -103,7 +108,8 @@ def report_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def write_report(runs: Sequence[Run], out: Path | str) -> list[Path]:
-    """Write report.md, auc.csv (one row per run, model and site) and the figures that have something to show."""
+    """Write report.md, auc.csv (one row per run, model and site), the figures that have something to show, and a page
+    with all of them, index.html."""
     out = make_folder(out)
     rows = [
         [run.label, model, site, *(metrics.get(key, "") for key in METRICS)]
@@ -116,9 +122,18 @@ def write_report(runs: Sequence[Run], out: Path | str) -> list[Path]:
         write_text(out / "auc.csv", csv_table(["run", "model", "site", *METRICS], rows)),
     ]
     tested = {run.label: run.test_metrics for run in runs if run.test_metrics}
+    sections = []
     if tested:
-        files += figure.auc_per_site(tested, out / "auc")
+        drawn = figures.auc_per_site(tested, out / "auc")
+        caption = "Test AUC per site with its 95 % interval; dashed: the mean over the sites."
+        table = html.table(*auc_rows([run for run in runs if run.test_metrics]), names=1)
+        sections.append(html.Section("Test", [table, html.figure(drawn[-1], caption)]))
+        files += drawn
     curves = {run.label: run.validation for run in runs if run.validation}
     if curves:
-        files += figure.auc_over_rounds(curves, out / "rounds")
-    return files
+        drawn = figures.auc_over_rounds(curves, out / "rounds")
+        caption = "Validation AUC round by round: a thin line per site, a thick one for the mean over the sites."
+        sections.append(html.Section("Validation", [html.figure(drawn[-1], caption)]))
+        files += drawn
+    lead = [html.note(line) for run in runs for line in describe(run).splitlines()]
+    return [*files, write_text(out / "index.html", html.page("Report", lead, sections))]

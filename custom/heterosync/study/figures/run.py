@@ -1,39 +1,12 @@
-"""Figures, written as PNG and SVG; the same numbers give the same files."""
+"""Figures of one run, or of a few runs beside each other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heterosync.files import write_with
-
-# Told apart by people with any colour vision (Okabe and Ito), darkest first.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")  # a server has no display
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "heterosync", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    )
-    return plt
-
-
-def _save(figure: Any, stem: Path) -> list[Path]:
-    paths = []
-    for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
-        path = stem.with_name(stem.name + suffix)
-        write_with(path, partial(figure.savefig, bbox_inches="tight", **options))
-        paths.append(path)
-    _pyplot().close(figure)
-    return paths
+from heterosync.study.figures.style import MUTED, look, pyplot, save
 
 
 def auc_per_site(
@@ -44,12 +17,12 @@ def auc_per_site(
     `series`: run label -> site -> metrics (`auc`, `ci_low`, `ci_high`). Writes `<stem>.png` and `<stem>.svg`; returns
     both.
     """
-    plt = _pyplot()
+    plt = pyplot()
     sites = sorted({site for metrics in series.values() for site in metrics})
     figure, axes = plt.subplots(figsize=(max(5.0, 1.1 * len(sites) + 2), 3.8))
     step = 0.6 / max(len(series), 1)
     for k, (label, metrics) in enumerate(series.items()):
-        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
+        style = look(k)
         known = [(i, metrics[site]) for i, site in enumerate(sites) if metrics.get(site, {}).get("auc") is not None]
         if not known:
             continue
@@ -59,17 +32,17 @@ def auc_per_site(
         high = [max(0.0, m["ci_high"] - m["auc"]) if m.get("ci_high") is not None else 0.0 for _, m in known]
         average = sum(auc) / len(auc)
         axes.errorbar(
-            at, auc, yerr=[low, high], fmt=marker, color=colour, capsize=2, label=f"{label} (mean {average:.3f})"
+            at, auc, yerr=[low, high], capsize=2, linestyle="none", label=f"{label} (mean {average:.3f})", **style
         )
-        axes.axhline(average, color=colour, linestyle="--", linewidth=0.8, alpha=0.6)
-    axes.axhline(0.5, color="0.6", linewidth=0.8)
+        axes.axhline(average, color=style["color"], linestyle="--", linewidth=0.8, alpha=0.6)
+    axes.axhline(0.5, color=MUTED, linewidth=0.8)
     axes.set_xticks(range(len(sites)), sites)
     axes.set_xlim(-0.6, len(sites) - 0.4)
     axes.set_ylim(top=1.02)
     axes.set_ylabel("AUC on the site's test set")
     axes.set_title(title)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=min(3, max(1, len(series))))
-    return _save(figure, stem)
+    return save(figure, stem)
 
 
 def auc_over_rounds(
@@ -77,22 +50,20 @@ def auc_over_rounds(
 ) -> list[Path]:
     """Validation AUC against the round: a thin line per site, a thick one for the mean. `curves`: run -> site ->
     (round, auc)."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.5, 3.8))
     for k, (label, sites) in enumerate(curves.items()):
-        colour = COLOURS[k % len(COLOURS)]
+        style = look(k)
         per_round: dict[int, list[float]] = {}
         for points in sites.values():
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.7, alpha=0.45) if points else None
+            axes.plot(*zip(*points, strict=True), color=style["color"], linewidth=0.7, alpha=0.45) if points else None
             for round_, auc in points:
                 per_round.setdefault(round_, []).append(auc)
         rounds = sorted(per_round)
         if rounds:
             means = [sum(per_round[r]) / len(per_round[r]) for r in rounds]
-            axes.plot(
-                rounds, means, color=colour, marker="o", markersize=3, linewidth=2, label=f"{label}, mean over sites"
-            )
-    axes.axhline(0.5, color="0.6", linewidth=0.8)
+            axes.plot(rounds, means, markersize=3, linewidth=2, label=f"{label}, mean over sites", **style)
+    axes.axhline(0.5, color=MUTED, linewidth=0.8)
     axes.set_ylim(top=1.02)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("rounds of training that the model has seen")
@@ -100,4 +71,4 @@ def auc_over_rounds(
     axes.set_title(title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    return _save(figure, stem)
+    return save(figure, stem)

@@ -10,6 +10,7 @@ from typing import Any
 
 from heterosync.errors import UserError
 from heterosync.federation.results import CROSS_SITE, HISTORY, MEAN, RUN, read_history
+from heterosync.federation.trainings import STORE
 from heterosync.files import read_json
 
 #: Which of the tested models speaks for a run, the first that is there: the chosen fusion, each site's own, the last
@@ -91,6 +92,9 @@ def find_runs(path: Path | str) -> list[Path]:
     found = sorted(file.parent for file in path.rglob(RUN))
     # `heterosync simulate` copies the server's record to results/ when it ends: the server's own is the same or newer
     found = [folder for folder in found if not (folder.name == "results" and _of_server(folder.parent, found))]
+    # the server's store of a training is a copy of the record of its last job
+    of_jobs = {_training(folder) for folder in found if folder.parent.name != STORE}
+    found = [folder for folder in found if folder.parent.name != STORE or folder.name not in of_jobs]
     if not found:
         raise UserError(f"{path} holds no {RUN}, here or below: has its run begun its first round?")
     return found
@@ -98,6 +102,12 @@ def find_runs(path: Path | str) -> list[Path]:
 
 def _of_server(workspace: Path, found: Sequence[Path]) -> bool:
     return any(workspace / "server" in folder.parents for folder in found)
+
+
+def _training(folder: Path) -> str | None:
+    """The id of the training that this run is a part of."""
+    info = read_json(folder / RUN)
+    return info.get("training_id") if isinstance(info, dict) else None
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[Run]:
@@ -113,10 +123,16 @@ def read_runs(paths: Sequence[Path | str]) -> list[Run]:
     for folder, info, method in zip(folders, infos, methods, strict=True):
         unique = methods.count(method) == 1
         label = method if unique else f"{method} ({_telling_name(folder, folders)})"
-        tests = read_json(folder / CROSS_SITE) if (folder / CROSS_SITE).exists() else {}
-        tests = {model: {site: m for site, m in sites.items() if site != MEAN} for model, sites in tests.items()}
-        runs.append(Run(label, folder, info, _history(folder), tests))
+        runs.append(Run(label, folder, info, _history(folder), _tests(folder)))
     return runs
+
+
+def _tests(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    tests = read_json(folder / CROSS_SITE) if (folder / CROSS_SITE).exists() else {}
+    try:
+        return {model: {site: dict(m) for site, m in sites.items() if site != MEAN} for model, sites in tests.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CROSS_SITE} is damaged: restore it, or delete the run and repeat it") from error
 
 
 def _history(folder: Path) -> list[tuple[int, str, str, float]]:

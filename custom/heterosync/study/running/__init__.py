@@ -1,0 +1,1 @@
+"""How a study is run: plan, data, one process per run, record and progress."""

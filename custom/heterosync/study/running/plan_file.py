@@ -1,0 +1,232 @@
+"""Plan files: YAML, read with every problem named at once. The presets are such files (study/running/plans)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from heterosync.data.scenario_tables import read_table, table_levels
+from heterosync.errors import ProblemList, UserError, closest, nearest
+from heterosync.methods import get_method
+from heterosync.study.running.plan import BOTH, ENGINES, KEEP, SYNTHETIC, MethodEntry, Plan, ScenarioEntry
+
+PRESETS = Path(__file__).parent / "plans"
+#: The letters that the paper's scenarios have in docs/study.md.
+LETTERS = {"A": "feature-skew", "B": "label-skew", "C": "quantity-skew", "D": "combined", "E": "hospitals"}
+_COLUMNS = ("image_column", "label_column", "patient_column", "domain_column")
+SOURCE_KEYS = ("path", "kind", "negative", "positive", *_COLUMNS)
+SYNTHETIC_KEYS = ("kind", "image_size", "visibility", "noise", "variation")
+ANCHOR_KEYS = {
+    "synthetic": ("kind", "per_class"),
+    "table": ("table", "sources", "size"),
+    "source": (*SOURCE_KEYS, "per_class"),
+}
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_plan(plan: Path | str, engine: str | None = None) -> Plan:
+    """Read a plan file, or the preset of that name; `engine` replaces the plan's.
+
+    Raises `UserError` for a file that is no such table, `ProblemList` with everything that is wrong in it.
+    """
+    path = PRESETS / f"{plan}.yaml" if str(plan) in preset_names() else Path(plan)
+    if not path.is_file():
+        beside = {file.stem: file for file in path.parent.glob("*.y*ml")}
+        near = closest(path.stem, beside)
+        hint = f"did you mean '{beside[near]}'? presets: {', '.join(preset_names())}" if near else None
+        raise UserError(f"'{plan}' is neither a plan file nor a preset; {hint or nearest(str(plan), preset_names())}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path} line {mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not readable YAML ({getattr(error, 'problem', 'not UTF-8')}): correct it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a plan is a table (methods: …, scenarios: …): see docs/study.md")
+    base = Path.cwd() if path.parent == PRESETS else path.parent.absolute()
+    return _Reader(path, values, base).plan(engine)
+
+
+class _Reader:
+    """Takes a plan apart and notes every problem on the way."""
+
+    def __init__(self, path: Path, values: dict[str, Any], base: Path):
+        self.path, self.values, self.base = path, values, base
+        self.problems: list[str] = []
+
+    def plan(self, engine: str | None) -> Plan:
+        given = self.values
+        self._keys("the plan", given, ({item.name for item in fields(Plan)} | {"repeats", "seed"}) - {"base"})
+        source = self._source(given.get("source", SYNTHETIC))
+        plan = Plan(
+            name=self._folder_name("name", str(given.get("name") or self.path.stem)),
+            methods=self._listed("methods", self._method),
+            scenarios=self._listed("scenarios", self._scenario),
+            source=source,
+            anchor=self._anchor("anchor", given.get("anchor", SYNTHETIC if source.get("kind") == SYNTHETIC else None)),
+            seeds=self._seeds(given.get("repeats"), given.get("seed"), given.get("seeds")),
+            scale=self._scale("scale", given.get("scale", 1.0)),
+            training=self._table("training", given.get("training")),
+            engine=self._choice("engine", engine or given.get("engine", ENGINES[0]), ENGINES),
+            match_steps=self._choice("match_steps", given.get("match_steps", False), (False, True, BOTH)),
+            balanced_sampler=self._choice("balanced_sampler", given.get("balanced_sampler", True), (True, False, BOTH)),
+            group=self._choice("group", given.get("group", "patient"), ("patient", "image")),
+            unseen=self._choice("unseen", given.get("unseen", True), (True, False)),
+            keep=self._keep(given.get("keep", ["best", "last"])),
+            base=str(self.base),
+        )
+        self.problems += [] if self.problems else plan.contradictions()
+        if self.problems:
+            raise ProblemList([f"{self.path}: {problem}" for problem in dict.fromkeys(self.problems)])
+        return plan
+
+    # -- entries of the lists ------------------------------------------------------------------------------------------
+
+    def _method(self, value: Any) -> MethodEntry:
+        table = {"method": value} if isinstance(value, str) else self._table("methods", value)
+        self._keys("methods", table, [item.name for item in fields(MethodEntry)])
+        name = str(table.get("method", ""))
+        get_method(name)
+        variant = str(table.get("variant") or "")
+        return MethodEntry(
+            name,
+            self._folder_name(f"method {name}, variant", variant) if variant else "",
+            self._table(f"method {name}, settings", table.get("settings")),
+            self._table(f"method {name}, training", table.get("training")),
+        )
+
+    def _scenario(self, value: Any) -> ScenarioEntry:
+        table = {"scenario": value} if isinstance(value, str) else self._table("scenarios", value)
+        self._keys("scenarios", table, [item.name for item in fields(ScenarioEntry)])
+        given = str(table.get("scenario", ""))
+        given = LETTERS.get(given, given)
+        scenario = str(self.base / given) if (self.base / given).is_file() else given
+        known, levels = table_levels(scenario), table.get("levels", "all")
+        chosen = None if levels == "all" else tuple(map(str, levels if isinstance(levels, list) else [levels]))
+        for level in chosen or ():
+            if not known:
+                raise UserError(f"scenario {given} has no levels: leave out levels")
+            if level not in known:
+                raise UserError(f"scenario {given} has no level '{level}': {nearest(level, known)}")
+            if chosen is not None and chosen.count(level) > 1:
+                raise UserError(f"scenario {given}: level {level} is named twice: leave one out")
+        for one in chosen or known or (None,):
+            read_table(scenario, one)  # every bad line is told
+        name, methods = str(table.get("name") or Path(given).stem), table.get("methods")
+        scale, any_domain = table.get("scale"), table.get("any_domain", False)
+        return ScenarioEntry(
+            scenario=given,
+            name=self._folder_name("scenario name", name),
+            levels=chosen,
+            methods=None if methods is None else tuple(map(str, methods if isinstance(methods, list) else [methods])),
+            scale=None if scale is None else self._scale(f"scenario {name}, scale", scale),
+            anchor=self._anchor(f"scenario {name}, anchor", table.get("anchor")),
+            any_domain=self._choice(f"scenario {name}, any_domain", any_domain, (True, False)),
+        )
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _source(self, value: Any) -> dict[str, Any]:
+        if value == SYNTHETIC:
+            return {"kind": SYNTHETIC}
+        table = self._table("source", {"path": value} if isinstance(value, str) else value)
+        synthetic = table.get("kind") == SYNTHETIC
+        self._keys("source", table, SYNTHETIC_KEYS if synthetic else SOURCE_KEYS)
+        if not synthetic and not isinstance(table.get("path"), str):
+            self.problems.append("source names no path: write path: …, or source: synthetic")
+        return {"kind": None, **table}
+
+    def _anchor(self, key: str, value: Any) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        if value == SYNTHETIC:
+            return {"kind": SYNTHETIC}
+        if isinstance(value, str):
+            return {"kind": "pack", "path": value}
+        table = self._table(key, value)
+        kind = "table" if "table" in table else SYNTHETIC if table.get("kind") == SYNTHETIC else "source"
+        self._keys(key, table, ANCHOR_KEYS[kind])
+        if kind == "source" and not isinstance(table.get("path"), str):
+            self.problems.append(f"{key} names no path: write synthetic, a pack's path, or path: … of a source")
+        per_class = table.get("per_class", 1)
+        if not _whole(per_class) or per_class < 1:
+            self.problems.append(f"{key}, per_class is {per_class!r}: it must be a whole number from 1")
+        return {**table, "kind": kind, **({"format": table["kind"]} if kind == "source" and "kind" in table else {})}
+
+    # -- single values -------------------------------------------------------------------------------------------------
+
+    def _listed(self, key: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:
+        values, found = self.values.get(key), []
+        if not isinstance(values, list) or not values:
+            self.problems.append(f"{key} must be a list with at least one entry")
+            return ()
+        for value in values:
+            try:
+                found.append(read(value))
+            except UserError as error:
+                self.problems += str(error).splitlines()
+        return tuple(found)
+
+    def _seeds(self, repeats: Any, seed: Any, seeds: Any) -> tuple[int, ...]:
+        if seeds is not None:
+            if repeats is not None or seed is not None:
+                self.problems.append("seeds has one number per repeat: leave out repeats and seed, or seeds")
+            if not (isinstance(seeds, list) and seeds and all(map(_whole, seeds)) and len(set(seeds)) == len(seeds)):
+                self.problems.append(f"seeds is {seeds!r}: it must be a list of different whole numbers from 0")
+                return (0,)
+            return tuple(seeds)
+        repeats, seed = 1 if repeats is None else repeats, 0 if seed is None else seed
+        if not _whole(repeats) or repeats < 1:
+            self.problems.append(f"repeats is {repeats!r}: it must be a whole number from 1")
+            repeats = 1
+        if not _whole(seed):
+            self.problems.append(f"seed is {seed!r}: it must be a whole number from 0")
+            seed = 0
+        return tuple(range(seed, seed + repeats))
+
+    def _keep(self, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            self.problems.append(f"keep is {value!r}: it must be a list of {', '.join(KEEP)}")
+            return ()
+        return tuple(self._choice("keep", item, KEEP) for item in value)
+
+    def _scale(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            self.problems.append(f"{key} is {value!r}: it must be a number above 0")
+            return 1.0
+        return float(value)
+
+    def _choice(self, key: str, value: Any, choices: tuple[Any, ...]) -> Any:
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            words = [str(choice).lower() for choice in choices]
+            self.problems.append(f"{key} is '{value}': {nearest(str(value).lower(), words)}")
+        return value
+
+    def _folder_name(self, key: str, value: str) -> str:
+        if not _FOLDER.fullmatch(value):
+            self.problems.append(f"{key} '{value}': use letters, digits, '-', '_' and '.'")
+        return value
+
+    def _table(self, key: str, value: Any) -> dict[str, Any]:
+        if value is not None and not isinstance(value, dict):
+            self.problems.append(f"{key}: {value!r} is not a table (key: value)")
+            return {}
+        return dict(value or {})
+
+    def _keys(self, where: str, table: Mapping[str, Any], known: Collection[str]) -> None:
+        for name in table:
+            if name not in known:
+                self.problems.append(f"{where} has a key '{name}' that is not known: {nearest(str(name), known)}")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
