@@ -55,7 +55,9 @@ CASES = {
         "simulate {job} --data {data} --sites site-a --threads 3 {ws}", "threads is 3"
     ),
     "simulate sites that meet, with too few threads": Case(
-        "simulate jobs/splitavg --data {data} --sites site-a,site-b --threads 1 {ws}", "threads is 1", "one for each of its 2 sites"
+        "simulate jobs/splitavg --data {data} --sites site-a,site-b --threads 1 {ws}",
+        "threads is 1",
+        "one for each of its 2 sites",
     ),
     "simulate into a folder of others": Case("simulate {job} --data {data} --workspace {tmp}/thesis", "a new folder"),
     "demo into a folder of other files": Case("demo --out {tmp}/thesis", "not from `heterosync demo`"),
