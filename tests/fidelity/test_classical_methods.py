@@ -39,16 +39,6 @@ ONE_STEP = {
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two sites of different sizes: 36 and 18 training images."""
-    folder = tmp_path_factory.mktemp("two")
-    return {
-        "site-a": toy_site(folder / "a", (30, 30), seed=0, signal=155),
-        "site-b": toy_site(folder / "b", (15, 15), seed=1, signal=155),
-    }
-
-
-@pytest.fixture(scope="module")
 def play(two: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
     """Runs a method over `two`, or over a single site, and remembers the outcome."""
     done: dict[str, RunSummary] = {}

@@ -28,16 +28,6 @@ EXACT = {"wire_dtype": "float32"}
 PLAIN_SGD = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0, "schedule": "constant"}
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two sites of different sizes: 36 and 18 training images."""
-    folder = tmp_path_factory.mktemp("two")
-    return {
-        "site-a": toy_site(folder / "a", (30, 30), seed=0, signal=155),
-        "site-b": toy_site(folder / "b", (15, 15), seed=1, signal=155),
-    }
-
-
 class Iteration:
     """One iteration of K sites and the server, on random images; every half keeps its gradients."""
 

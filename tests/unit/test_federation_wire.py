@@ -102,7 +102,7 @@ def test_check_in_fields_pass_in_their_form(policy: WirePolicy) -> None:
         ("versions", {"scanner": "1.0"}),
         ("counts", {"train": 1.5}),
         ("counts", {"patients": 3}),
-        ("initial_weights", "/home/jane/resnet18.pth"),
+        ("initial_weights", "/models/Jane Doe/resnet18.pth"),
         ("initial_weights", "file sha256:0123456789ab Jane"),
         ("initial_weights", 3),
         ("precision", "float64"),

@@ -44,17 +44,21 @@ def read_dicom(path: Path, window: Window | None = None) -> np.ndarray:
     return unit_to_uint8(np.where(padding, 0, 1 - unit if meaning == "MONOCHROME1" else unit))
 
 
+def _decodable(syntax: str) -> bool:
+    try:
+        return get_decoder(syntax).is_available
+    except RuntimeError:  # pydicom knows no decoder at all
+        return False
+
+
 def decoded_pixels(dataset: pydicom.Dataset) -> np.ndarray:
     """The stored values; colour comes back as RGB."""
     syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        if not get_decoder(syntax).is_available:
-            raise NotImplementedError
-    except NotImplementedError as error:
-        raise UserError(f"its compression ({syntax.name}) has no decoder here: {_MEND}") from error
+    if not _decodable(syntax):
+        raise UserError(f"its compression ({syntax.name}) has no decoder here: {_MEND}")
     try:
         return decode_pixels(dataset)
-    except (RuntimeError, NotImplementedError) as error:  # each decoder failed; the causes fill several lines
+    except RuntimeError as error:  # each decoder failed; the causes fill several lines
         raise UserError(f"its compression ({syntax.name}) cannot be decoded, or it is damaged: {_MEND}") from error
 
 

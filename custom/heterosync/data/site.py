@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from heterosync.data.site_yaml import CONFIG, Convert, parse_keys, text, whole
+from heterosync.data.site_yaml import CONFIG, Convert, SiteKeys, parse_keys, text, whole
 from heterosync.data.tables import read_csv
 from heterosync.errors import ProblemList, UserError, nearest
 
@@ -26,7 +26,7 @@ LOOKS_LIKE = {
 
 
 @dataclass(frozen=True)
-class SiteConfig:
+class SiteConfig(SiteKeys):
     """The keys of `site.yaml`; `task` and `labels` are required, all others have these defaults."""
 
     task: str  # what the images are for, in words; stays at the site
@@ -36,11 +36,6 @@ class SiteConfig:
     patient_column: str = "patient"  # may be absent from the manifest; then every image is its own patient
     split_column: str = "split"  # may be absent from the manifest; then heterosync draws 60/10/30 once
     window: tuple[float, float] | None = None  # centre and width for images of more than 8 bits; None: the file's own
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    batch_size: int | None = None  # overrides the job's batch size at this site
-    split_seed: int = 0
-    threads: int | None = None  # CPU threads of the trainer; None: all
-    own: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # the keys that the file itself sets
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,17 @@ CONFIG = "site.yaml"
 VOLUMES = "segmentation"
 KINDS = (VOLUMES,)
 Convert = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteKeys:
+    """The keys that every kind of site folder has."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    batch_size: int | None = None  # overrides the job's batch size at this site
+    split_seed: int = 0
+    threads: int | None = None  # CPU threads of the trainer; None: all
+    own: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # the keys that the file itself sets
 
 
 def parse_keys(folder: Path | str, kind: type, convert: Mapping[str, Convert]) -> tuple[dict[str, Any], list[str]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heterosync.data.site import MANIFEST, column_problems, image_name, partly_filled
-from heterosync.data.site_yaml import CONFIG, VOLUMES, Convert, parse_keys, whole
+from heterosync.data.site_yaml import CONFIG, VOLUMES, Convert, SiteKeys, parse_keys, whole
 from heterosync.data.tables import Table, read_csv
 from heterosync.errors import UserError, nearest
 
@@ -15,7 +15,7 @@ SPLITS = ("train", "test")  # a fold of the training cases is the validation set
 
 
 @dataclass(frozen=True)
-class VolumeConfig:
+class VolumeConfig(SiteKeys):
     """The keys of `site.yaml` where `task` is segmentation; all others have these defaults."""
 
     task: str
@@ -26,11 +26,6 @@ class VolumeConfig:
     fold_column: str = "fold"  # may be absent; then the training cases are dealt into folds, drawn once
     foreground: tuple[int, ...] = (1,)  # the values of a mask that together are the organ
     folds: int = 5  # of the cross-validation
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    batch_size: int | None = None  # overrides the job's batch size at this site
-    split_seed: int = 0
-    threads: int | None = None  # CPU threads of the trainer; None: all
-    own: frozenset[str] = field(default=frozenset(), compare=False, repr=False)  # the keys that the file itself sets
 
 
 @dataclass(frozen=True)

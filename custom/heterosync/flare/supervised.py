@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -111,9 +112,9 @@ class Supervision(Controller):
     def _begin(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Called between the check-in and the rounds."""
 
+    @abstractmethod
     def _end(self, abort_signal: Signal, fl_ctx: FLContext) -> str:
         """What is done after the rounds; the status of the run. Raises `Stopped`."""
-        raise NotImplementedError
 
     def _leave(self, fl_ctx: FLContext) -> None:
         """Called last, however the job ended."""

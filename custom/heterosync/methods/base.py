@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from heterosync.errors import HeteroSyncError
 from heterosync.training import CLASSIFICATION, Batch, LoopSettings, Task, setting
 from heterosync.training import Settings as BaseSettings
 
@@ -214,7 +215,7 @@ class Method(ABC):
 
         update(logits, gradient of the loss by them): back-propagate and step; False where that was not finite.
         """
-        raise NotImplementedError(f"method {self.name} is not split")
+        raise HeteroSyncError(f"method {self.name} is not split")
 
     # -- scores --------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heterosync.data.site import SiteConfig
+from heterosync.data.site_yaml import SiteKeys
 from heterosync.training.batches import Batch
 from heterosync.training.learner import Learner
 from heterosync.training.settings import LoopSettings
@@ -34,7 +34,7 @@ class LocalData(Protocol):
     def anchor_digest(self) -> str | None: ...
 
     @property
-    def config(self) -> SiteConfig: ...
+    def config(self) -> SiteKeys: ...
 
 
 class Outcome(Protocol):
