@@ -28,7 +28,17 @@ def test_defaults_and_all_keys(tmp_path: Path):
         "device: cuda:1\nbatch_size: 32\nsplit_seed: 7\nthreads: 4\n"
     )
     assert config_of(tmp_path, text) == SiteConfig(
-        "toy", ("normal", "abnormal"), "file", "finding", "pid", "part", (40.0, 400.5), "cuda:1", 32, 7, 4
+        "toy",
+        ("normal", "abnormal"),
+        "file",
+        "finding",
+        "pid",
+        "part",
+        (40.0, 400.5),
+        device="cuda:1",
+        batch_size=32,
+        split_seed=7,
+        threads=4,
     )
 
 
