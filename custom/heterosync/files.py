@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -123,6 +124,21 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path} does not exist") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): restore it or delete it") from error
+
+
+def content_digest(path: Path | str) -> str:
+    """SHA-256 (hex) of a file's bytes; of a folder, of the names and sizes of all its files; "" where nothing is."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+        digest.update(json.dumps(sorted(sizes.items())).encode())
+    elif path.is_file():
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    else:
+        return ""
+    return digest.hexdigest()
 
 
 @contextmanager

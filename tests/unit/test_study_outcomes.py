@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from heterosync.study.evidence.measures import MEAN_OF_MODELS, MEAN_PROBABILITY,
 from heterosync.study.evidence.outcomes import by_series, read_study, sites_of
 from heterosync.study.evidence.statistics import paired_bootstrap
 from heterosync.study.evidence.tables import write_tables
-from heterosync.study.layout import UNSEEN, read_predictions
+from heterosync.study.layout import UNSEEN, read_done, read_predictions, write_done
 from study_data import fake_study
 
 TOY = {
@@ -132,6 +133,14 @@ def test_damaged_predictions_are_named_and_the_rest_goes_on(study, change, told)
     edit_predictions(study, "combined/all/r0/fedavg", change)
     problem = only_problem(study, 23)
     assert problem.startswith("combined fedavg r0 left out: ") and "predictions.csv" in problem and told in problem
+
+
+def test_lost_rows_of_the_unseen_population_are_noticed(study):
+    folder = run(study, "hospitals/all/r0/fedavg")
+    rows = len(read_predictions(folder / "results"))
+    write_done(folder, replace(read_done(folder), rows=rows))
+    edit_predictions(study, "hospitals/all/r0/fedavg", lambda lines: lines[:-2])  # the unseen ones stand last
+    assert f"has {rows - 2} rows, the run wrote {rows}: the file is truncated" in only_problem(study, 23)
 
 
 def test_many_damaged_rows_are_told_in_few_lines(study):

@@ -154,6 +154,20 @@ def test_tables_and_sources_are_found_beside_the_plan(tmp_path, monkeypatch):
     assert data.cells[0].sites == ["a", "b"] and not data.problems(tmp_path / "out")
 
 
+def test_images_are_known_by_their_content_not_by_their_path(tmp_path):
+    def digest(folder: str, source: str, grey: int) -> str:
+        labels = np.repeat([0, 1], 12)
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / source, images=np.full((24, 32, 32), grey, np.uint8), labels=labels)
+        (tmp_path / folder / "mine.csv").write_text("site,negative,positive\na,6,6\nb,6,6\n")
+        named = {"path": source, "negative": "0", "positive": "1"}
+        plan = plan_with(tmp_path / folder, scenarios=["mine.csv"], source=named, methods=["fedavg"])
+        return specs(plan)[0].digest
+
+    first = digest("a", "pool.npz", 7)
+    assert digest("b", "renamed.npz", 7) == first and digest("c", "pool.npz", 8) != first
+
+
 WRONG = {
     "no list of methods": ({"methods": "hsl"}, "methods must be a list"),
     "no scenarios": ({"scenarios": None}, "scenarios must be a list"),

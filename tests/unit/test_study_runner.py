@@ -256,6 +256,9 @@ def test_a_run_that_dies_takes_no_other_with_it(tmp_path, fake, monkeypatch, cap
     assert [state.state for state in states_of(out)] == ["failed", "done", "failed", "done"]
     assert all(threads == "3" for _, _, threads, _ in started(tmp_path))
     assert {gpu for *_, gpu in started(tmp_path)} == {"0", "3"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert Machine(fake, jobs=2, cores=6).environment(0, 1)["OMP_NUM_THREADS"] == "3"  # said for this study
+    assert Machine(fake, jobs=2).environment(0, 1)["OMP_NUM_THREADS"] == "5"
     assert "synthetic r0 fedavg: done in 1 s" in capsys.readouterr().out
 
     first = len(started(tmp_path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = read_plan(arguments.plan, arguments.engine)
     out = arguments.out or Path("runs") / plan.name
     start = [sys.executable, "-m", "heterosync.cli", "study", "one"]
-    cores = arguments.cores or _cores()
-    machine = Machine(start, arguments.jobs, cores, arguments.gpus)
+    machine = Machine(start, arguments.jobs, arguments.cores, arguments.gpus)
     work = lay_out(plan, out)
     shown = display(arguments.json)
     shown.event("plan", plan_text(work, out, machine), **plan_facts(work, out))
@@ -116,11 +114,6 @@ def _run(arguments: argparse.Namespace) -> int:
         return DONE
     shown.event("end", _summary(failed, out), study=str(out), failed=failed)
     return FAILED if failed else DONE
-
-
-def _cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _summary(failed: dict[str, str], out: Path) -> str:

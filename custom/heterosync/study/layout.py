@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class RunSpec:
 class Done:
     """The cost of a finished run. seconds: wall time of all its sessions; peak_memory_bytes: highest sum over the
     processes of the run at one moment (sampled); bytes_per_site_round: mean size of a contribution; engine: `flare` or
-    `inprocess`; finished: ISO time, UTC."""
+    `inprocess`; finished: ISO time, UTC; rows: of predictions.csv, None from versions that did not count them."""
 
     digest: str
     seconds: float
@@ -77,6 +77,7 @@ class Done:
     bytes_per_site_round: int
     engine: str
     finished: str
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _wrong(row: dict[str, str]) -> str | None:
 def _read(path: Path, kind: Any) -> Any:
     values = read_json(path)
     names = {item.name for item in fields(kind)}
-    if not isinstance(values, dict) or set(values) != names:
+    needed = {item.name for item in fields(kind) if item.default is MISSING}
+    if not isinstance(values, dict) or not needed <= set(values) <= names:
         raise UserError(f"{path} does not hold {', '.join(sorted(names))}: restore it, or delete the run's folder")
     return kind(**values)

@@ -123,7 +123,13 @@ def _read_run(folder: Path, run: str, digest: str) -> Outcome | None:
         raise UserError(f"{folder} holds a run of another plan: remove it, and it is run again")
     results = folder / RESULTS
     record = read_runs([results])[0]
-    scores, unseen, personal = _by_model(results / PREDICTIONS, read_predictions(results))
+    predictions = read_predictions(results)
+    if done.rows is not None and len(predictions) != done.rows:
+        raise UserError(
+            f"{results / PREDICTIONS} has {len(predictions)} rows, the run wrote {done.rows}: the file is truncated or"
+            f" not this run's; remove {folder}, and it is run again"
+        )
+    scores, unseen, personal = _by_model(results / PREDICTIONS, predictions)
     for site, metrics in record.test_metrics.items():
         expected = {name: metrics[name] for name in ("n", "n_positive") if metrics.get(name) is not None}
         have = scores.get(site)

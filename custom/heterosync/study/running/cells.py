@@ -33,7 +33,7 @@ from heterosync.data.synthetic import (
     synthetic_images,
 )
 from heterosync.errors import ProblemList, UserError
-from heterosync.files import explained, read_json
+from heterosync.files import content_digest, explained, read_json
 from heterosync.study.layout import DATA, level_folder
 from heterosync.study.running.plan import SYNTHETIC, Plan, ScenarioEntry, digest_of
 
@@ -113,9 +113,9 @@ class StudyData:
         return {
             "table": [asdict(row) for row in cell.table],
             "anchors": {site: asdict(row) for site, row in cell.anchors.items()},
-            "anchor": self._anchor(cell.entry),
+            "anchor": self._by_content(self._anchor(cell.entry)),
             "n_anchor": cell.n_anchor,
-            "source": self.plan.source,
+            "source": self._by_content(self.plan.source),
             "seed": cell.seed,
             "group": self.plan.group,
             "unseen": self.plan.unseen,
@@ -175,6 +175,25 @@ class StudyData:
 
     def _path(self, name: str) -> str:
         return str(Path(self.plan.base) / name)
+
+    def _by_content(self, named: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A source as a plan names it, with what stands at its paths in place of these: a study may move with its
+        images, and goes on with no others."""
+        if named is None:
+            return None
+        found = {key: self._content(value) if key == "path" else value for key, value in named.items()}
+        if named.get("sources"):
+            found["sources"] = {name: self._content(path) for name, path in named["sources"].items()}
+        return found
+
+    def _content(self, name: str) -> str:
+        if name not in self._contents:
+            self._contents[name] = content_digest(Path(self._path(name)))
+        return self._contents[name]
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        return {}
 
     @cached_property
     def _spec(self) -> SyntheticSpec:

@@ -83,7 +83,8 @@ def _play(study: Path, plan: Plan, folder: Path, spec: RunSpec, engine: Engine, 
         if (results / BEST_MODEL).exists() and not made.personal:
             _with_partners(results / BEST_MODEL, task)
         prefix = f"seed {record['seed']} " if plan.synthetic else ""  # the same name is another image there
-        write_rows(results, run_predictions(spec.method, trained, data, prefix))
+        predictions = run_predictions(spec.method, trained, data, prefix)
+        write_rows(results, predictions)
         _keep_models(plan, trained, folder)
     done = Done(
         digest=spec.digest,
@@ -92,6 +93,7 @@ def _play(study: Path, plan: Plan, folder: Path, spec: RunSpec, engine: Engine, 
         bytes_per_site_round=_payload(read_json(results / RUN)),
         engine=engine.name,
         finished=_now(),
+        rows=len(predictions),
     )
     write_done(folder, done)
     if "workspace" not in plan.keep:  # not before: half a workspace would keep the run from going on

@@ -30,24 +30,31 @@ from heterosync.study.table import text_table
 PACE, PATIENCE = 0.25, 20.0
 
 
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a study may use. start: the command that carries out one run, without study and run; jobs: runs at once;
-    cores: processors for all of them together; gpus: their numbers, shared out among the jobs; () leaves that to
-    torch."""
+    cores: processors for all of them together (None: all, unless OMP_NUM_THREADS says how many threads a run has);
+    gpus: their numbers, shared out among the jobs; () leaves that to torch."""
 
     start: Sequence[str]
     jobs: int = 1
-    cores: int = 1
+    cores: int | None = None
     gpus: Sequence[str] = ()
 
     def environment(self, slot: int, processes: int) -> dict[str, str]:
         """Of the run in place `slot`, whose training is spread over `processes` processes."""
         root = str(Path(heterosync.__file__).resolve().parents[1])
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        threads = max(1, self.cores // self.jobs // processes)
+        threads = str(max(1, (self.cores or processors()) // self.jobs // processes))
         found = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), PARENT: str(os.getpid())}
-        found.setdefault("OMP_NUM_THREADS", str(threads))
+        if self.cores is not None:
+            found["OMP_NUM_THREADS"] = threads
+        found.setdefault("OMP_NUM_THREADS", threads)
         if self.gpus:
             found["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return found
@@ -106,7 +113,8 @@ def plan_text(work: Work, out: Path, machine: Machine) -> str:
     seconds = sum(work.seconds[i] for i in left)
     labels = ", ".join(dict.fromkeys(spec.label for spec in work.specs))
     done = f", {len(work.specs) - len(left)} of them done" if len(left) < len(work.specs) else ""
-    jobs = f", {machine.jobs} at a time on {machine.cores} processors" if machine.jobs > 1 else ""
+    cores = machine.cores or processors()
+    jobs = f", {machine.jobs} at a time on {cores} processors" if machine.jobs > 1 else ""
     lines = [
         f"study {plan.name}: {len(work.specs)} runs{done}, engine {plan.engine}{jobs}, in {out}",
         f"methods: {labels}",
