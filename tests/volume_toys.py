@@ -57,6 +57,16 @@ def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None)
     return path
 
 
+def header_alone(path: Path, shape: tuple[int, ...], spacing: float) -> None:
+    """A NIfTI file whose header promises what its few bytes do not hold: whoever allocates first fails otherwise."""
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(shape)
+    header.set_sform(np.diag([spacing] * 3 + [1]), code=1)
+    header["vox_offset"] = 352
+    path.write_bytes(header.binaryblock + bytes(8))
+
+
 def save_metaimage(path: Path, values: np.ndarray, affine: np.ndarray) -> Path:
     """`path` (.mhd) and the .raw beside it, as PROMISE12 has them; MetaImage counts to the left and the back."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,8 @@ def test_the_command_writes_the_variants_under_names_of_their_own(tmp_path: Path
 
 
 #: Methods that a variant is not for, and why.
-ALONE = dict.fromkeys(("local", "prostate_private"), "keeps its weights at the sites") | {"central": "is no federation"}
+ALONE = dict.fromkeys(("local", "prostate_private", "prostate_finetune"), "keeps its weights at the sites")
+ALONE["central"] = "is no federation"
 NO_SWARM = dict.fromkeys(("fedbn", "ditto"), "makes a model for each site")
 NO_SWARM |= dict.fromkeys(
     ("fedopt", "fedadam", "scaffold", "personalized", "splitavg"), "needs a server that does more"

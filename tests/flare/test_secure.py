@@ -27,11 +27,13 @@ from federation_toys import (
     with_certificate,
 )
 from heterosync.errors import UserError
+from heterosync.federation.runner import run_inprocess
 from heterosync.files import write_json
 from heterosync.flare.job import build_job
 from heterosync.flare.job_options import JobOptions
 from heterosync.flare.segments import segment_job
 from heterosync.flare.session import COMPLETED
+from segment_toys import TINY, receiving, toy_volume_alliance
 from toys import SMOKE
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.secure]
@@ -247,3 +249,31 @@ def test_a_hospital_that_demands_noise_noises_itself(everybody, root):
         releases = [json.loads(line) for line in record.read_text().splitlines()]
         assert [release["round"] for release in releases] == [0, 1] and min(r["norm"] for r in releases) > 0.25
         assert {(r["clip"], r["noise"]) for r in releases} == {(0.25, 0.01) if site == "site-b" else (1e9, 0.0)}
+
+
+def test_volumes_are_segmented_and_received_with_kits_that_allow_no_code(everybody, root, tmp_path):
+    """The same kits, on volumes: two hospitals train, the third one only receives the model."""
+    volumes = {**toy_volume_alliance(tmp_path / "volumes", 2), "site-c": receiving(tmp_path / "volumes" / "site-c")}
+    kept = {}
+    training = {**TINY, "rounds": 2, "crops": 2}
+    job = build_job("prostate_ahnet", root / "jobs" / "volumes", JobOptions(training=training, in_process=True))
+    assert not (job / "app" / "custom").exists()
+    try:
+        for site, folder in volumes.items():
+            path = everybody.alliance.kits[site] / "local" / "privacy.json"
+            kept[path] = path.read_text()
+            content = json.loads(kept[path])
+            content["scopes"][0]["properties"]["data_root"] = str(folder)
+            write_json(path, content)
+        done = everybody.run(job)
+    finally:
+        for path, text in kept.items():
+            path.write_text(text)
+    assert done.end.status == COMPLETED and contributors(done) == [["site-a", "site-b"]] * 2
+    assert done.record()["receivers"] == ["site-c"]
+    assert all("monai" in report["versions"] for report in done.record()["check_in"].values())
+    alone = run_inprocess("prostate_ahnet", volumes, tmp_path / "oracle", training=training).folder
+    received = everybody.run_folder("site-c", done.end.job_id) / "heterosync" / "results"
+    for name in ("last_model.pt", "best_model.pt"):
+        files = (done.folder / name, alone / name, received / name)
+        assert len({model_digest(file) for file in files}) == 1, name

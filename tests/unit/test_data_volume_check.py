@@ -15,7 +15,18 @@ from heterosync.data import volume_facts
 from heterosync.data.check import check_site
 from heterosync.data.task_kinds import check_folder
 from heterosync.data.volume_check import inspect_volumes
-from volume_toys import CONFIG, SHAPE, oblique, organ, save_nifti, save_series, scan, volume_site, write_rows
+from volume_toys import (
+    CONFIG,
+    SHAPE,
+    header_alone,
+    oblique,
+    organ,
+    save_nifti,
+    save_series,
+    scan,
+    volume_site,
+    write_rows,
+)
 
 
 def problems(folder: Path) -> list[str]:
@@ -88,16 +99,6 @@ def test_every_bad_input_at_once(tmp_path: Path) -> None:
     assert len(found) == len(by_row) and by_row.keys() == expected.keys(), found
     for row, words in expected.items():
         assert words in by_row[row] and "\n" not in by_row[row] and str(tmp_path) not in by_row[row], by_row[row]
-
-
-def header_alone(path: Path, shape: tuple[int, ...], spacing: float) -> None:
-    """A NIfTI file whose header promises what its few bytes do not hold: whoever allocates first fails otherwise."""
-    header = nibabel.Nifti1Header()
-    header.set_data_dtype(np.int16)
-    header.set_data_shape(shape)
-    header.set_sform(np.diag([spacing] * 3 + [1]), code=1)
-    header["vox_offset"] = 352
-    path.write_bytes(header.binaryblock + bytes(8))
 
 
 def test_sizes_are_told_before_anything_is_allocated(tmp_path: Path) -> None:

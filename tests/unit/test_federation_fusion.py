@@ -13,7 +13,9 @@ import torch
 from heterosync.errors import ContributionRefused, HeteroSyncError
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.fusion import Fusion
+from heterosync.federation.server import Server
 from heterosync.federation.tensorfile import TensorFile
+from heterosync.methods import make_method
 
 
 def state(seed: int) -> dict[str, torch.Tensor]:
@@ -219,8 +221,8 @@ def test_a_cut_off_tensor_file_is_noticed(tmp_path: Path) -> None:
 # -- weights by a validation score -------------------------------------------------------------------------------------
 
 
-def weighed(scores: dict[str, float | None], values: dict[str, float]) -> Fusion:
-    fusion = Fusion({"w": torch.zeros(2), "n": torch.tensor(0)}, "metric", "hsl", None, "val_dice_best")
+def weighed(scores: dict[str, float | None], values: dict[str, float], weighting: str = "metric") -> Fusion:
+    fusion = Fusion({"w": torch.zeros(2), "n": torch.tensor(0)}, weighting, "hsl", None, "val_dice_best")
     fusion.start(0)
     for site, score in scores.items():
         state = {"w": torch.full((2,), values[site]), "n": torch.tensor(int(values[site]))}
@@ -239,9 +241,30 @@ def test_metric_weights_golden_numbers() -> None:
     assert torch.allclose(equal["w"], torch.full((2,), 3.0), rtol=1e-7)
 
 
-def test_metric_weights_that_are_all_zero_are_equal() -> None:
-    fused = weighed({"a": 0.0, "b": 0.0, "c": 0.0}, {"a": 1.0, "b": 2.0, "c": 6.0}).result()
+@pytest.mark.parametrize("weighting", ["metric", "quality"])
+def test_metric_weights_that_are_all_zero_are_equal(weighting: str) -> None:
+    fused = weighed({"a": 0.0, "b": 0.0, "c": 0.0}, {"a": 1.0, "b": 2.0, "c": 6.0}, weighting).result()
     assert torch.equal(fused["w"], torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("weighting", "mean"),
+    [
+        ("metric", (0.9 * 1 + 0.6 * 2 + 0.5 * 6) / 2.0),  # Dice of what the sites send
+        ("quality", (0.1 * 1 + 0.1 * 2 + 0.8 * 6) / 1.0),  # Dice of what they received
+        ("samples", (10 * 1 + 30 * 2 + 60 * 6) / 100),  # numbers of training volumes
+        ("equal", 3.0),
+    ],
+)
+def test_the_weightings_of_the_prostate_federation_golden_numbers(weighting: str, mean: float) -> None:
+    server = Server(make_method("prostate_ahnet", {"weighting": weighting}), {"w": torch.zeros(2)})
+    server.start(0, {"w": torch.zeros(2)})
+    sites = {"a": (1.0, 0.9, 0.1, 10), "b": (2.0, 0.6, 0.1, 30), "c": (6.0, 0.5, 0.8, 60)}
+    for site, (value, sent, received, cases) in sites.items():
+        metrics = {"val_dice_best": sent, "val_dice_received": received}
+        state = {"w": torch.full((2,), value)}
+        server.accept(Contribution(site, "prostate_ahnet", 0, state, metrics, samples=cases))
+    assert torch.allclose(server.result()["w"], torch.full((2,), mean), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_names_and_facts():
         cls = get_method(name)
         assert cls.__bases__ == (Method,)  # depth 1
         assert cls.status in {"exact", "code-faithful", "corrected", "reconstruction"}
-        assert cls.weighting in {"equal", "samples", "metric", "none"}
+        assert cls.weighting in {"equal", "samples", "metric", "quality", "none"}
         assert cls.title and cls.citation and cls.leaves
         for item in fields(cls.Settings):
             assert item.metadata["source"]  # every default cites its source

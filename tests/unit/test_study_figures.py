@@ -195,7 +195,7 @@ def test_figures_of_many_runs_tell_them_apart(monkeypatch, tmp_path):
     kept = SimpleNamespace()
     monkeypatch.setattr(run, "save", lambda figure, stem: setattr(kept, "figure", figure) or [])
     series = {f"run {k}": {"a": {"auc": 0.5 + k / 100}} for k in range(16)}
-    run.auc_per_site(series, tmp_path / "x")
+    run.score_per_site(series, tmp_path / "x")
     marks = {(c[0].get_color(), c[0].get_marker()) for c in kept.figure.axes[0].containers}
     assert len(marks) == 16
     style.pyplot().close(kept.figure)

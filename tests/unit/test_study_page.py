@@ -6,9 +6,7 @@ import csv
 import json
 import re
 import shutil
-from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,53 +21,12 @@ from heterosync.study.pages import html
 from heterosync.study.pages.page_tables import _anchor_rows, comparison_table
 from heterosync.study.pages.page_tables import _told as setting_told
 from heterosync.study.pages.study_report import report_text, study_results, write_study_report
+from page_toys import Page
 from study_data import fake_study
 from study_toys import toy_model, toy_run
 from toys import toy_alliance
 
 SITES = {"hospitals": {"north": (25, 20), "<b>&\"south'": (30, 0), "unseen": (12, 20)}, "label-skew": {"n-1": (20, 9)}}
-VOID = {"meta", "link", "br", "img", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """A page taken apart: tables, ids, links, and whether its tags are balanced."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.ids, self.attributes, self.tables, self.counts = [], [], [], [], Counter()
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.counts[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self.ids += [value for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
-
-    def table(self, *header: str) -> list[dict[str, str]]:
-        """Rows of the first table whose header begins with these cells."""
-        found = next(t for t in self.tables if t[0][: len(header)] == list(header))
-        return [dict(zip(found[0], row, strict=True)) for row in found[1:]]
 
 
 def predictions(study, *where):

@@ -11,10 +11,10 @@ import yaml
 from heterosync.data.splits import split_rows
 from heterosync.errors import ProblemList, UserError
 from heterosync.study.running.cells import StudyData
-from heterosync.study.running.estimate import estimate, items_of
+from heterosync.study.running.estimate import estimate
+from heterosync.study.running.kinds import KINDS
 from heterosync.study.running.plan import Plan, plan_of
 from heterosync.study.running.plan_file import preset_names, read_plan
-from heterosync.study.running.record import specs_of
 from toys import SMOKE, toy_images
 
 BASE = {
@@ -38,7 +38,7 @@ def plan_with(folder: Path, **changes) -> Plan:
 
 
 def specs(plan: Plan) -> list:
-    return [spec for _, _, spec in specs_of(StudyData(plan))]
+    return [spec for _, _, spec in KINDS[plan.task].data(plan).runs()]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -92,12 +92,12 @@ def test_equal_steps_are_those_of_hsl_at_every_site(tmp_path):
         {"method": "local", "variant": "mmoe", "settings": {"network": "mmoe"}},
     ]
     data = StudyData(plan_with(tmp_path, methods=methods, match_steps="both"))
-    runs = {spec.label: (cell, entry, spec) for cell, entry, spec in specs_of(data)}
+    runs = {spec.label: (cell, entry, spec) for cell, entry, spec in data.runs()}
     assert list(runs) == [
         *("hsl", "fedavg", "fedavg-equal_steps", "local", "local-equal_steps"),
         *("central", "central-equal_steps", "local-mmoe"),  # with the anchor task its steps are HSL's
     ]
-    items = {label: items_of(*run) for label, run in runs.items()}
+    items = {label: cell.steps(entry, spec) for label, (cell, entry, spec) in runs.items()}
     assert items["fedavg"] == items["local"] == items["central"] < items["hsl"]
     assert {items[label] for label in runs if label.endswith(("equal_steps", "mmoe"))} == {items["hsl"]}
     assert runs["fedavg-equal_steps"][2].variant == "equal_steps"
@@ -106,7 +106,7 @@ def test_equal_steps_are_those_of_hsl_at_every_site(tmp_path):
 def test_a_cut_network_takes_the_steps_of_the_largest_site_everywhere(tmp_path):
     (tmp_path / "skewed.csv").write_text("site,negative,positive\na,60,60\nb,10,10\nc,10,10\n")
     changes = {"methods": ["splitavg", "fedavg"], "scenarios": ["skewed.csv"], "scale": 1.0}
-    cut, plain = (items_of(*run) for run in specs_of(StudyData(plan_with(tmp_path, **changes))))
+    cut, plain = (cell.steps(entry, spec) for cell, entry, spec in StudyData(plan_with(tmp_path, **changes)).runs())
     cell = StudyData(plan_with(tmp_path, **changes)).cells[0]
     assert cut * sum(cell.images(site)[0] for site in "abc") == plain * 3 * cell.images("a")[0]
 
@@ -137,7 +137,7 @@ def test_planned_sizes_are_those_of_the_splits(tmp_path):
 def test_the_estimate_grows_with_the_work(tmp_path):
     data = StudyData(plan_with(tmp_path, methods=["fedavg"], scenarios=[BASE["scenarios"][0], "synthetic"][:1]))
     longer = StudyData(plan_with(tmp_path / "b", methods=["fedavg"], training={**SMOKE, "rounds": 2000}))
-    (short,), (long,) = (estimate(specs_of(each), "inprocess") for each in (data, longer))
+    (short,), (long,) = (estimate(each.runs(), "inprocess", each.timed) for each in (data, longer))
     assert 0 < short < long
 
 

@@ -11,7 +11,7 @@ import pytest
 from heterosync.cli import main
 from heterosync.errors import UserError
 from heterosync.study.evidence.runs import find_runs, read_runs
-from heterosync.study.pages.report import auc_table, report_text, summary, write_report
+from heterosync.study.pages.report import report_text, score_table, summary, write_report
 from heterosync.study.table import mean, number, text_table, with_interval
 from study_toys import toy_run
 
@@ -42,7 +42,7 @@ def test_summary_has_every_site_and_the_plain_mean(runs):
 
 
 def test_table_of_two_runs(runs):
-    rows = [re.split(r"\s*\|\s*", line)[1:-1] for line in auc_table(runs).splitlines()]
+    rows = [re.split(r"\s*\|\s*", line)[1:-1] for line in score_table(runs).splitlines()]
     assert rows[0] == ["site", "test images (positive)", "hsl", "local"]
     assert rows[2] == ["site-a", "40 (10)", "0.900 (0.70 to 0.95)", "0.800 (0.70 to 0.95)"]
     assert rows[-1] == ["mean", "", "0.850", "0.750"]

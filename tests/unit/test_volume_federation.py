@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from heterosync.federation.results import read_history
 from heterosync.federation.runner import RunSummary, run_inprocess
 from heterosync.federation.site import SiteTrainer
 from heterosync.study.evidence.cross_site import cross_site_table, paired_tests, score_ensemble
+from heterosync.study.evidence.views import views_of_run
 from heterosync.study.export import export_model
+from heterosync.study.pages.report import read_runs, write_report
 from heterosync.study.predict import predict
 from heterosync.training import SEGMENTATION
 from segment_toys import TINY, toy_volume_alliance
@@ -58,6 +61,20 @@ def test_cases_are_listed_at_the_site_and_nowhere_else(run: RunSummary) -> None:
     assert float(best["dice"]) == run.metrics["best"]["site-a"]["dice"]  # one test case
     for name in ("run.json", "history.csv", "cross_site_metrics.json"):
         assert "nii.gz" not in (run.folder / name).read_text()
+
+
+def test_slices_of_the_test_cases_stay_at_their_sites_and_a_report_here_shows_them(run: RunSummary, tmp_path: Path):
+    views = views_of_run(run.folder, "best")
+    assert [view.id for view in views] == [f"site-{letter}: images/4.nii.gz" for letter in "abc"]
+    assert [view.dice for view in views] == [run.metrics["best"][f"site-{letter}"]["dice"] for letter in "abc"]
+    assert sorted(path.relative_to(run.folder).parts[0] for path in run.folder.rglob("*.npz")) == ["sites"] * 6
+    files = {path.name for path in write_report(read_runs([run.folder]), tmp_path / "report")}
+    assert {"overlays.svg", "overlays.png"} <= files
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count("data:image/png;base64") == 3 * 5 and "worst: Dice" in page and "xlink:href" not in page
+    shutil.copytree(run.folder, tmp_path / "sent", ignore=shutil.ignore_patterns("sites"))
+    files = {path.name for path in write_report(read_runs([tmp_path / "sent"]), tmp_path / "other")}
+    assert not any("overlays" in name for name in files)
 
 
 def test_the_fusion_is_the_mean_weighted_by_validation_dice(alliance, run: RunSummary, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,16 +12,17 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 from heterosync.errors import UserError
+from heterosync.federation.site import SiteTrainer
 from heterosync.methods import make_method
 from heterosync.models.ahnet import build_segmenter
-from heterosync.training import SEGMENTATION, LocalTrainer, VolumeSettings
+from heterosync.training import SEGMENTATION, LocalTrainer, VolumeSettings, precision
 from heterosync.training.dice import CaseScore, dice_coefficient, score_case, soft_dice_loss, summarise
 from heterosync.training.patches import Patches
 from heterosync.training.schedule import lr_at
 from heterosync.training.seeds import stream
 from heterosync.training.segmentation import FoldData, probability_map
 from heterosync.training.stacked import PROBABILITY, RANGES, Draw, apply_stack, draw_stack
-from segment_toys import TINY, toy_cases, toy_volume
+from segment_toys import TINY, toy_cases, toy_volume, toy_volume_site
 
 
 def learner(name: str = "prostate_ahnet", **changes):
@@ -328,3 +331,55 @@ def test_empty_splits_are_named():
         poor = FoldData(data.cases, {**data.splits, split: np.array([], int)}, data.config)
         with pytest.raises(UserError, match=f"site site-a: .*{message}"):
             trainer(poor).train_round(0, None)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+def test_volumes_train_in_bfloat16_with_weights_and_scores_in_float32():
+    method = learner(precision="bfloat16")
+    mine = LocalTrainer(method, toy_cases(), "site-a", precision="bfloat16")
+    seen = []
+    mine.model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    state = mine.model.state_dict()
+    for round_ in range(4):
+        result = mine.train_round(round_, state)
+        state = result.state
+    assert set(seen) == {torch.bfloat16} and result.metrics["val_dice_best"] > 0.7
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+    found = mine.evaluate("test").metrics["dice"]
+    plain = LocalTrainer(learner(), toy_cases(), "site-a")
+    plain.model.load_state_dict(state)
+    assert found == pytest.approx(plain.evaluate("test").metrics["dice"], abs=0.02)
+
+
+def test_auto_measures_both_precisions_on_patches_where_bfloat16_may_pay(monkeypatch):
+    method = learner(precision="auto")
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda device: False)
+    assert precision.choose_precision(method) == ("float32", {})
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda device: True)
+    for seconds, expected in ((0.1, "bfloat16"), (10.0, "float32")):
+        taken = {"float32": 1.0, "bfloat16": seconds}
+        monkeypatch.setattr(precision, "_now", lambda device: 0.0)
+        step = precision._step_seconds
+
+        def timed(learner, model, batch, device, name, step=step, taken=taken):
+            assert batch.images.shape == batch.labels.shape == (4, 1, 16, 16, 16)
+            step(learner, model, batch, device, name)  # the step itself is a real one
+            return taken[name]
+
+        monkeypatch.setattr(precision, "_step_seconds", timed)
+        assert precision.choose_precision(method, steps=1) == (expected, taken)
+        monkeypatch.setattr(precision, "_step_seconds", step)
+
+
+def test_without_monai_a_site_says_so_in_one_line(tmp_path, monkeypatch):
+    site = SiteTrainer("site-a", toy_volume_site(tmp_path / "data"), "prostate_ahnet", None, TINY, tmp_path / "work")
+    monkeypatch.setitem(sys.modules, "monai", None)
+    with pytest.raises(UserError) as caught:
+        site.check_in()
+    assert str(caught.value) == (
+        "site site-a: the package monai is not installed, and volumes need it: run pip install heterosync anew"
+    )
+    with pytest.raises(UserError, match="^the package monai is not installed"):  # the server, before any site is asked
+        learner().build_model()

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from heterosync import __version__
-from heterosync.cli import alliance, data, job, poc, results, run, study
+from heterosync.cli import alliance, data, job, models, poc, results, run, study
 from heterosync.cli.base import Parser, run_command
 
 
@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"heterosync {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (data, job, run, alliance, poc, results, study):
+    for module in (data, job, run, alliance, poc, results, models, study):
         module.register(commands)
     return parser
 

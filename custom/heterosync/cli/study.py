@@ -26,7 +26,11 @@ def register(commands: Any) -> None:
         "heterosync study run busi.yaml --out runs/busi --jobs 2 --engine inprocess\n"
         "heterosync study run paper --dry-run",
     )
-    parser.add_argument("plan", metavar="PLAN", help="a YAML file (docs/study.md), or a preset: paper, small, demo")
+    parser.add_argument(
+        "plan",
+        metavar="PLAN",
+        help="a YAML file (docs/study.md), or a preset: paper, small, demo, prostate, prostate-small",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="study folder (default: runs/<name of the plan>)")
     parser.add_argument("--engine", choices=ENGINES, help="FLARE's simulator, or one process (default: the plan's)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at the same time (default: 1)")
@@ -71,7 +75,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: STUDY/report)")
     parser.add_argument("--reference", metavar="LABEL", help="compare all others with this one (default: hsl)")
     parser.add_argument(
-        "--resamples", type=positive, default=1000, metavar="N", help="of every bootstrap (default: 1000, the paper's)"
+        "--resamples", type=positive, metavar="N", help="of every bootstrap (default: 1000, the paper's)"
     )
     parser.add_argument("--no-maps", action="store_true", help="leave out the t-SNE maps, which take the longest")
     add_json(parser)
@@ -149,33 +153,23 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    report(arguments.study, arguments.out, arguments.json, arguments.reference, arguments.resamples, arguments.no_maps)
+    wish = {"reference": arguments.reference, "resamples": arguments.resamples, "maps": not arguments.no_maps}
+    report(arguments.study, arguments.out, arguments.json, **wish)
 
 
-def report(
-    study: Path,
-    out: Path | None,
-    as_json: bool,
-    reference: str | None = None,
-    resamples: int = 1000,
-    plain: bool = False,
-) -> None:
-    """Write the report on a study and show it; `plain`: without t-SNE maps."""
+def report(study: Path, out: Path | None, as_json: bool, **wish: Any) -> None:
+    """Write the report on a study and show it; wish: more fields of `pages.wish.Wish`."""
     import sys
 
-    from heterosync.study.pages.study_report import report_text, study_dict, study_results, write_study_report
+    from heterosync.study.pages.reports import report_on
+    from heterosync.study.pages.wish import Wish
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    say("reading the runs and resampling their test cases")
-    results = study_results(study, reference, resamples)
-    files = write_study_report(results, out, maps=not plain, say=say)
+    made = report_on(study, Wish(out, **wish), lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
-        show({**study_dict(results), "page": str(files[-1])})
+        show({**made.facts, "page": str(made.page)})
         return
-    print(report_text(results))
-    print(f"wrote {files[-1]}, with its figures and tables beside it")
+    print(made.text)
+    print(f"wrote {made.page}, with its figures and tables beside it")
 
 
 def _clean(arguments: argparse.Namespace) -> None:

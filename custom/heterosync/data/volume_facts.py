@@ -59,8 +59,11 @@ def read_case(folder: Path, image: str, mask: str, foreground: Sequence[int]) ->
     if mismatch:
         problems.append(f"{mask}: the mask {mismatch}: draw or export it on the grid of {image}")
     content, values = _values(scan, problems)
-    if values is not None and values.min() == values.max():
-        problems.append(f"{image}: every voxel is {values.flat[0]:g}, the image is constant: export it again")
+    if values is not None:
+        try:
+            judge_values(image, values)
+        except UserError as error:
+            problems.append(str(error))
     mask_content, values = _values(drawn, problems)
     organ = 0
     if values is not None:
@@ -95,6 +98,12 @@ def judge_size(volume: Volume, spacing: float = WORKING_SPACING) -> None:
             size = f"{' x '.join(map(str, shape))} voxels {at}, {voxels * 4 / 2**30:.3g} GiB"
             most = f"(at most {LARGEST * 4 / 2**30:.3g})"
             raise UserError(f"{volume.name}: {size} {most}: crop it, or correct its spacing of {told} mm")
+
+
+def judge_values(name: str, values: np.ndarray) -> None:
+    """Raise `UserError` for an image without contrast, which has no unit variance."""
+    if values.min() == values.max():
+        raise UserError(f"{name}: every voxel is {values.flat[0]:g}, the image is constant: export it again")
 
 
 def _values(volume: Volume, problems: list[str]) -> tuple[str, np.ndarray | None]:

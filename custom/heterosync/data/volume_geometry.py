@@ -72,6 +72,10 @@ class Geometry:
         affine = self.affine @ nibabel.orientations.inv_ornt_aff(axes, self.shape)
         return Geometry(tuple(self.shape[axis] for axis in order), affine)
 
+    def in_canonical_order(self, values: np.ndarray) -> np.ndarray:
+        """`values` of the voxels (the shape of this grid) in the array order of `canonical`."""
+        return np.asarray(nibabel.apply_orientation(values, nibabel.io_orientation(self.affine)))
+
     def without_noise(self) -> np.ndarray:
         """The affine with axes at right angles and a spacing to 0.00001 mm, unless that moves a voxel noticeably.
 

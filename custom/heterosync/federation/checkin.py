@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -17,9 +17,9 @@ from heterosync import __version__
 
 @cache
 def versions() -> Mapping[str, str]:
-    """Versions of what computes here: this package, Python, torch, torchvision and, where installed, nvflare."""
+    """Versions of what computes here: this package, Python, torch, torchvision and, where installed, monai, nvflare."""
     found = {"heterosync": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("torch", "torchvision", "nvflare"):
+    for name in ("torch", "torchvision", "monai", "nvflare"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -33,19 +33,29 @@ def model_hash(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def receivers(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sites that have no training data: where all end with one model, they take part by receiving and testing it."""
+    return sorted(site for site, report in reports.items() if dict(report.get("counts", {})).get("train") == 0)
+
+
 def compare(
-    reports: Mapping[str, Mapping[str, Any]], anchors_may_differ: bool = False, min_sites: int = 2
+    reports: Mapping[str, Mapping[str, Any]],
+    anchors_may_differ: bool = False,
+    min_sites: int = 2,
+    receiving: Collection[str] = (),
 ) -> list[str]:
     """Problems that forbid to start, one line each, naming the sites that differ from the majority; [] if none.
 
+    min_sites: sites needed that train; those in `receiving` do not count.
     Compared: method, version of heterosync, model hash, first weights (where sites make them), label names, and the
     anchor digest unless `anchors_may_differ` (the ablation of the anchor task). Versions of torch may differ between
     hospitals; they are recorded, not compared.
     """
     problems = []
-    if len(reports) < min_sites:
-        present = ", ".join(sorted(reports)) or "none"
-        problems.append(f"{len(reports)} site(s) checked in ({present}), at least {min_sites} are needed")
+    training = sorted(set(reports) - set(receiving))
+    if len(training) < min_sites:
+        present, who = ", ".join(training) or "none", "with training data " if receiving else ""
+        problems.append(f"{len(training)} site(s) {who}checked in ({present}), at least {min_sites} are needed")
     checks = [
         ("method", "method", "start all sites with the same job"),
         ("version of heterosync", "versions", "install the same version at every site"),

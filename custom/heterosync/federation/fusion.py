@@ -1,8 +1,8 @@
 """Fusion of the sites' weights: a mean over every tensor, the same to the last bit in whatever order the sites answer.
 
 Paper equation 1: w <- (1/K) sum_k w_k, with equal weights whatever the size of a site, over every tensor of the state
-including BatchNorm statistics and integer counters. Variants: sample weights (FedAvg), and weights by the validation
-score of what a site sends (Sarma et al., JAMIA 2021, Training strategy).
+including BatchNorm statistics and integer counters. Variants: sample weights (FedAvg), and weights by a validation
+score: of what a site sends (Sarma et al., JAMIA 2021, Training strategy), or of what it received.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from heterosync.federation.tensorfile import TensorFile, as_array
 from heterosync.federation.wire import signature
 from heterosync.files import make_folder
 
-WEIGHTINGS = ("equal", "samples", "metric", "none")
+#: Weighting -> which of a round's two validation scores it goes by.
+SCORED = {"metric": "best", "quality": "received"}
+WEIGHTINGS = ("equal", "samples", *SCORED, "none")
 _BLOCK = 1 << 16  # elements summed at a time: half a megabyte of float64 stays in the cache of the processor
 
 
@@ -31,8 +33,8 @@ class Fusion:
     """Collects the contributions of one round and means them.
 
     reference: name -> tensor, numpy array or (shape, type) pair; every contribution must have exactly these.
-    weighting: "equal" (paper equation 1), "samples" (n_k / n), "metric" (s_k / s, where s_k is the scalar `metric` that
-    site k reports of the weights it sends; equal where all of them are 0), "none" (contributions carry metrics only).
+    weighting: "equal" (paper equation 1), "samples" (n_k / n), "metric" and "quality" (s_k / s, where s_k is the scalar
+    `metric` that site k reports; equal where all of them are 0), "none" (contributions carry metrics only).
     spill: a folder; contributions then wait on disk, so that memory does not grow with the number of sites. The files
     are written over in the next round and deleted with this object.
 
@@ -118,7 +120,7 @@ class Fusion:
     def _weight(self, contribution: Contribution) -> float:
         if self.weighting == "samples":
             return float(int(contribution.samples))
-        return float(contribution.metrics[self._metric]) if self.weighting == "metric" else 1.0
+        return float(contribution.metrics[self._metric]) if self.weighting in SCORED else 1.0
 
     def _checked(self, contribution: Contribution) -> dict[str, np.ndarray]:
         def refuse(reason: str) -> ContributionRefused:
@@ -132,7 +134,7 @@ class Fusion:
             raise refuse("the site has contributed to this round already")
         if self.weighting == "samples" and not contribution.samples > 0:
             raise refuse(f"it reports {contribution.samples} training images, at least 1 is needed")
-        score = contribution.metrics.get(self._metric) if self.weighting == "metric" else 0.0
+        score = contribution.metrics.get(self._metric) if self.weighting in SCORED else 0.0
         if score is None:
             raise refuse(f"it reports no {self._metric}, by which sites are weighed here")
         if not 0 <= score < math.inf:  # also false for NaN

@@ -14,7 +14,7 @@ from heterosync.training.task import Outcome
 
 def write_predictions(folder: Path, site: str, columns: Sequence[str], result: Outcome, split: str, model: str) -> None:
     """Put the scores of `model` into predictions.csv (`columns`, the last is the model) and metrics.json in `folder`;
-    those of other models stay."""
+    those of other models stay. What else the task keeps of each case comes to lie beside them."""
     make_folder(folder)
     rows: list[list[Any]] = []
     table = folder / "predictions.csv"
@@ -27,4 +27,5 @@ def write_predictions(folder: Path, site: str, columns: Sequence[str], result: O
     write_text(table, text.getvalue())
     summary = folder / "metrics.json"
     metrics = read_json(summary) if summary.exists() else {}
+    result.keep(folder, model)
     write_json(summary, {**metrics, model: {"site": site, "split": split, **result.metrics}})

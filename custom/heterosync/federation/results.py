@@ -122,8 +122,9 @@ class RunRecorder:
         sites.pop(MEAN, None)
         sites[site] = dict(metrics)
         ordered: dict[str, dict[str, Any]] = {name: sites[name] for name in sorted(sites)}
-        means = {name: _mean([values.get(name) for values in ordered.values()]) for name in self._task.averaged}
-        self._cross[model] = {**ordered, MEAN: {**means, "sites": len(ordered)}}
+        trained = [found for name, found in ordered.items() if name not in self._run.get("receivers", ())]
+        means = {name: _mean([found.get(name) for found in trained]) for name in self._task.averaged}
+        self._cross[model] = {**ordered, MEAN: {**means, "sites": len(trained)}}
         values = [
             Summary.Value(tag=f"test_{name}/{site}/{model}", simple_value=float(metrics[name]))
             for name in self._task.averaged

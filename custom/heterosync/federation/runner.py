@@ -136,14 +136,16 @@ class _Run:
 
     def play(self, anchors_may_differ: bool, min_sites: int, stop: Callable[[int], bool] | None) -> RunSummary:
         reports = {name: site.check_in() for name, site in self.sites.items()}
-        problems = checkin.compare(reports, anchors_may_differ, min_sites)
+        receiving = checkin.receivers(reports) if self.method.one_model else []
+        problems = checkin.compare(reports, anchors_may_differ, min_sites, receiving)
         first = next(iter(reports.values()))
         if self.done and not anchors_may_differ:
             problems += changed_ground(read_json(self.out / RUN), first["labels"], first["anchor_digest"])
         if problems:
             raise ProblemList(problems)
+        self.sites = {name: site for name, site in self.sites.items() if name not in receiving}
         self.labels = first["labels"]
-        self.info.update(labels=self.labels, anchor_digest=first["anchor_digest"])
+        self.info.update(receivers=receiving, labels=self.labels, anchor_digest=first["anchor_digest"])
         state = self._start()
         if self.server.tail is not None:
             self.server.tail.checked_in(reports)
@@ -238,12 +240,13 @@ class _Run:
         if self.method.personal:
             self._test(OWN_MODEL, None)
         else:
-            self._test("best", load_model(self.out / BEST_MODEL).state)
-        self._test("last", state)
+            best = load_model(self.out / BEST_MODEL)
+            self._test("best", best.state, best.round)
+        self._test("last", state, self.done)
 
-    def _test(self, model: str, state: dict[str, Tensor] | None) -> None:
+    def _test(self, model: str, state: dict[str, Tensor] | None, rounds: int = 0) -> None:
         for name, site in self.testers.items():
-            metrics = site.validate(state, "test", model)
+            metrics = site.validate(state, "test", model, rounds)
             self.metrics.setdefault(model, {})[name] = metrics
             self.recorder.tested(model, name, metrics)
             self.tell({"event": "test", "model": model, "site": name, "metrics": metrics})

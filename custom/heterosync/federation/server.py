@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heterosync.errors import UserError
 from heterosync.federation.contribution import Contribution
-from heterosync.federation.fusion import Fusion
+from heterosync.federation.fusion import SCORED, Fusion
 from heterosync.federation.split import Tail
 from heterosync.methods.base import Method
 
@@ -43,7 +43,8 @@ class Server:
                 raise UserError(f"method {method.name} cannot go on from the stored model: {why}: begin a new training")
             self.memory = dict(memory)
         self.tail = Tail(method, state, self.memory) if method.split else None
-        self.fusion = Fusion({} if method.split else state, method.weighting, method.name, spill, method.task.best)
+        score = getattr(method.task, SCORED.get(method.weighting, "best"))
+        self.fusion = Fusion({} if method.split else state, method.weighting, method.name, spill, score)
 
     def start(self, round_: int, sent: Mapping[str, Any]) -> None:
         """Begin a round, for which the sites get the state `sent`."""

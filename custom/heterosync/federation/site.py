@@ -136,13 +136,16 @@ class SiteTrainer:
             samples=len(trainer.data.splits["train"]),
         )
 
-    def validate(self, shared: Mapping[str, Tensor] | None, split: str, model_name: str) -> dict[str, float]:
+    def validate(
+        self, shared: Mapping[str, Tensor] | None, split: str, model_name: str, rounds: int = 0
+    ) -> dict[str, float]:
         """Score `split` with the global state `shared`, or with this site's own best model when there is none.
 
         A personal method combines `shared` with what the site keeps; scored on the validation split, as after the last
         round, the outcome is a candidate for the own best model.
 
-        For the test split, the results folder gets predictions.csv and metrics.json, one entry per `model_name`.
+        For the test split, the results folder gets predictions.csv and metrics.json, one entry per `model_name`; at a
+        site without training data, which takes part to receive the model, also its file, of a model of `rounds` rounds.
         Returned are the defined scalars only: auc, ci_low, ci_high, accuracy, recall, precision, n, n_positive; for
         volumes dice, dice_sd, ci_low, ci_high, hd95, volume_error, n, n_missed.
         """
@@ -152,6 +155,8 @@ class SiteTrainer:
             self._keep_own_best(self._finished, result.metrics[self.task.metric], trainer.state_with(shared))
         if split == "test":
             write_predictions(self._results, self.site, self.task.columns, result, split, model_name)
+            if shared and self.method.one_model and not len(trainer.data.splits["train"]):
+                self._save(self._results / f"{model_name}_model.pt", shared, rounds)
         return reportable(result.metrics)
 
     # -- opening -------------------------------------------------------------------------------------------------------
@@ -262,16 +267,15 @@ class SiteTrainer:
             earlier = float(known.assets[kept_as])
             best.update(known.round - 1, None if math.isnan(earlier) else earlier)
         if best.update(round_, value):
-            save_model(
-                file,
-                self.method.name,
-                self.method.settings,
-                self.method.training,
-                state,
-                self._trainer().data.labels,
-                round_ + 1,
-                {kept_as: torch.tensor(math.nan if value is None else value, dtype=torch.float64)},
-            )
+            score = torch.tensor(math.nan if value is None else value, dtype=torch.float64)
+            self._save(file, state, round_ + 1, {kept_as: score})
+
+    def _save(
+        self, file: Path, state: Mapping[str, Tensor], rounds: int, extra: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a model of `rounds` rounds."""
+        method, labels = self.method, self._trainer().data.labels
+        save_model(file, method.name, method.settings, method.training, state, labels, rounds, extra)
 
     def _evaluate_own(self, trainer: LocalTrainer, split: str) -> Outcome:
         file = self.work / OWN_BEST

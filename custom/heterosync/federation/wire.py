@@ -64,7 +64,7 @@ _LABEL = re.compile(rf"[^\W_][\w +()-]{{0,{MAX_LABEL - 1}}}")
 _VERSION = re.compile(
     r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}([a-z]{1,4}[0-9]{0,4})?(\.(post|dev)[0-9]{1,8})?(\+[a-z0-9.]{1,20})?"
 )
-_PACKAGES = frozenset({"heterosync", "torch", "torchvision", "nvflare", "python"})
+_PACKAGES = frozenset({"heterosync", "torch", "torchvision", "monai", "nvflare", "python"})
 _COUNTS = frozenset({"train", "validation", "test"})
 
 

@@ -88,9 +88,11 @@ class TrainerProcess:
         answer = self._call("train", {"round_": round_, "items": items}, shared)
         return Contribution(tensors=self._file("answer", answer["layout"]).read(), **answer["value"])
 
-    def validate(self, shared: Mapping[str, Tensor] | None, split: str, model_name: str) -> dict[str, float]:
+    def validate(
+        self, shared: Mapping[str, Tensor] | None, split: str, model_name: str, rounds: int = 0
+    ) -> dict[str, float]:
         """See `SiteTrainer.validate`."""
-        return self._call("validate", {"split": split, "model_name": model_name}, shared)["value"]
+        return self._call("validate", {"split": split, "model_name": model_name, "rounds": rounds}, shared)["value"]
 
     @property
     def pid(self) -> int | None:

@@ -32,8 +32,9 @@ from heterosync.federation.trainings import (
 from heterosync.files import read_json
 from heterosync.flare import bounds, messages
 from heterosync.flare.persistor import STORED
+from heterosync.flare.rounds import SupervisedRounds
 from heterosync.flare.split import Desk
-from heterosync.flare.supervised import CHECK_PERIOD, Stopped, SupervisedRounds, cause_of
+from heterosync.flare.supervised import CHECK_PERIOD, Stopped, cause_of
 
 GONE = "no answer in two rounds running; not waited for in the rest of this job"
 
@@ -55,7 +56,8 @@ class HeteroSyncController(SupervisedRounds):
 
     Only sites that pass the check-in take part, in every job of a training anew. A round that too few of them
     contribute to ends the job; the model of the round before stays as `last_model.pt`. A site that does not answer in
-    two rounds running is not waited for again in this job.
+    two rounds running is not waited for again in this job. Where the method makes one model for all, sites without
+    training data only receive and test it; they do not count for `min_clients`.
     """
 
     def __init__(

@@ -127,8 +127,8 @@ class HeteroSyncExecutor(Executor):
             return messages.tensors_message(done.tensors, {**fields, "metrics": reportable(done.metrics)})
         if task_name == messages.VALIDATE:
             shared, _ = messages.open_message(task)
-            split, model = task.get_header(messages.SPLIT), task.get_header(messages.MODEL)
-            return messages.scalars_message(reportable(trainer.validate(shared, split, model)))
+            asked = [task.get_header(name) for name in (messages.SPLIT, messages.MODEL, messages.MADE_IN)]
+            return messages.scalars_message(reportable(trainer.validate(shared, *asked)))
         raise UserError(f"task '{task_name}' is not one of {', '.join(messages.TASKS)}")
 
     def _get_trainer(self, fl_ctx: FLContext) -> Any:

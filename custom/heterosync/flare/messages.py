@@ -33,8 +33,8 @@ ITEMS = "heterosync_items"
 #: In a swarm: "what were your scalars of that round?"
 REPORT = "report"
 
-#: Headers of a validate task: which split is scored, and under which name the model is known.
-SPLIT, MODEL = "heterosync_split", "heterosync_model"
+#: Headers of a validate task: which split is scored, under which name the model is known, how many rounds made it.
+SPLIT, MODEL, MADE_IN = "heterosync_split", "heterosync_model", "heterosync_made_in"
 #: Header of every question in a swarm: the best model so far, as a number of rounds (None: there is none).
 BEST = "heterosync_best"
 #: Private property of a site's context while it answers: the round of the task, for the audit.

@@ -17,7 +17,6 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
-from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.fuel.utils.memory_utils import cleanup_memory
 
 from heterosync.errors import HeteroSyncError
@@ -45,7 +44,11 @@ class Supervision(Controller):
     method, method_settings, training: as in the executor. min_clients: sites that the job needs, 0 for all that are
     there. wait: seconds that a question waits for the others once these have answered. task_timeout: seconds that a
     question may take. anchors_may_differ: do not insist on equal anchors. workflow: arguments of FLARE's workflow.
+
+    hands_out: the server has the models, so that sites without training data can receive them.
     """
+
+    hands_out = True
 
     def __init__(
         self,
@@ -65,7 +68,8 @@ class Supervision(Controller):
         self._wait_time_after_min_received = wait
         self._anchors_may_differ = anchors_may_differ
         self._current_round: Any = None  # None before the first round
-        self._sites: list[str] = []  # those that take part: at first all, then those that passed the check-in
+        self._sites: list[str] = []  # those that train: at first all, then those that passed the check-in
+        self._receivers: list[str] = []  # those without training data: they are asked for tests alone
         self._outside: dict[str, str] = {}  # who did not pass the check-in, and why
         self._stop_line = ""
 
@@ -164,8 +168,11 @@ class Supervision(Controller):
         what = "the check-in"
         answers = self._ask(messages.CHECK_IN, messages.scalars_message({}), what, abort_signal, fl_ctx)
         reports = self._enough(answers, what)
+        self._receivers = checkin.receivers(reports) if self.hands_out and self._rules.one_model else []
+        if self._all_expected:
+            self._min_clients = max(1, self._min_clients - len(self._receivers))
         least = max(self._min_clients, self._rules.min_sites)
-        problems = checkin.compare(reports, self._anchors_may_differ, min_sites=least)
+        problems = checkin.compare(reports, self._anchors_may_differ, least, self._receivers)
         if self._rules.pooled and len(self._sites) > 1:
             problems.append(f"method '{self._rules.name}' is no federation: run it with one site that holds all images")
         first = reports[min(reports)]
@@ -175,14 +182,17 @@ class Supervision(Controller):
         fl_ctx.set_prop(LABELS, tuple(first["labels"]), private=True, sticky=True)
         self._recorder.checked_in(reports)
         self._checked_in(reports)
-        self._sites = names = sorted(reports)
+        names = sorted(reports)
+        self._sites = [name for name in names if name not in self._receivers]
         if self._rules.needs_all:
-            self._min_clients = len(names)
+            self._min_clients = len(self._sites)
         self._outside = answers.failed
         if self._outside:
             self._recorder.note(not_checked_in=self._outside)
-        self._recorder.note(sites=names, labels=first["labels"], anchor_digest=first.get("anchor_digest"))
-        log.info("check-in: %d sites fit together: %s", len(names), ", ".join(names))
+        fitting = {"sites": names, "receivers": self._receivers, "labels": first["labels"]}
+        self._recorder.note(**fitting, anchor_digest=first.get("anchor_digest"))
+        only = f"; without training data, only receiving: {', '.join(self._receivers)}" if self._receivers else ""
+        log.info("check-in: %d sites fit together: %s%s", len(names), ", ".join(names), only)
 
     def broadcast_and_wait(self, *args: Any, **options: Any) -> None:
         """As FLARE's; after it the memory of the finished transfers, which are cycles in 2.9.0, is given back."""
@@ -192,8 +202,9 @@ class Supervision(Controller):
     def _ask(
         self, name: str, message: Shareable, what: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
     ) -> messages.Answers:
-        """Send a task that is answered by scalars to the sites that take part; `arrived` as in `messages.Answers`."""
-        answers = messages.Answers(name, self._sites, self._policy, arrived)
+        """Send a task that is answered by scalars, a test also to the receivers; `arrived` as in `messages.Answers`."""
+        asked = self._sites + (self._receivers if message.get_header(messages.SPLIT) == "test" else [])
+        answers = messages.Answers(name, asked, self._policy, arrived)
 
         def take(client_task: ClientTask, fl_ctx: FLContext) -> None:
             site = client_task.client.name
@@ -206,12 +217,12 @@ class Supervision(Controller):
             name=name,
             data=message,
             timeout=self._task_timeout,
-            before_task_sent_cb=_send_without_copy,
+            before_task_sent_cb=send_without_copy,
             result_received_cb=lambda client_task, fl_ctx: self._guarded(fl_ctx, take, client_task, fl_ctx),
         )
         wait = self._wait_time_after_min_received
         options = {"min_responses": self._min_clients, "wait_time_after_min_received": wait, "abort_signal": signal}
-        Supervision.broadcast_and_wait(self, task, fl_ctx, list(self._sites), **options)
+        Supervision.broadcast_and_wait(self, task, fl_ctx, asked, **options)
         answers.close()
         if signal.triggered:
             raise Stopped(f"{what}: aborted")
@@ -221,7 +232,8 @@ class Supervision(Controller):
 
     def _lacking(self, answers: messages.Answers, what: str) -> list[str]:
         """The problem, naming who is missing, when too few sites answered; else nothing."""
-        return [self._too_few(what, answers.failed)] if len(answers.good) < self._min_clients else []
+        answered = len(set(answers.good) - set(self._receivers))
+        return [self._too_few(what, answers.failed)] if answered < self._min_clients else []
 
     def _enough(self, answers: messages.Answers, what: str) -> dict[str, dict[str, Any]]:
         """Site -> scalars. Raises `Stopped` when too few sites answered."""
@@ -254,27 +266,13 @@ class Supervision(Controller):
         message = self._question(state)
         message.set_header(messages.SPLIT, split)
         message.set_header(messages.MODEL, name)
+        message.set_header(messages.MADE_IN, self._scores.best if name == "best" else self._current_round)
         what = f"the {split} of model '{name}'"
         return self._ask(messages.VALIDATE, message, what, signal, fl_ctx, arrived), what
 
     def _question(self, state: Mapping[str, Any]) -> Shareable:
         """A task about a model that carries it along."""
         return messages.tensors_message(state)
-
-
-class SupervisedRounds(Supervision, ScatterAndGather):
-    """FLARE's ScatterAndGather, kept to the sites that passed the check-in; `HeteroSyncController` is the only one."""
-
-    def broadcast_and_wait(self, task: Task, fl_ctx: FLContext, *args: Any, **options: Any) -> None:
-        """As FLARE's, but only to the sites that take part."""
-        super().broadcast_and_wait(task, fl_ctx, list(self._sites), *args, **options)
-
-    def _process_train_result(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        self._guarded(fl_ctx, super()._process_train_result, client_task, fl_ctx)
-
-    def _prepare_train_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        super()._prepare_train_task_data(client_task, fl_ctx)
-        _send_without_copy(client_task, fl_ctx)
 
 
 def guarded(component: FLComponent, fl_ctx: FLContext, what: Callable[..., None], *args: Any) -> None:
@@ -293,7 +291,7 @@ def cause_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _send_without_copy(client_task: ClientTask, fl_ctx: FLContext) -> None:
+def send_without_copy(client_task: ClientTask, fl_ctx: FLContext) -> None:
     """Keep FLARE from copying the model for every broadcast: nothing here ever changes a tensor in place."""
     task = client_task.task
     task._broadcast_data = task.data

@@ -36,6 +36,8 @@ class SwarmController(Supervision, SwarmServerController):
     Every site that takes part is needed in every round: FLARE's swarm has nobody who could tell late from lost.
     """
 
+    hands_out = False
+
     def __init__(
         self,
         method: str,

@@ -21,6 +21,7 @@ from heterosync.methods.no_al import NoAL
 from heterosync.methods.no_sat import NoSAT
 from heterosync.methods.personalized import Personalized
 from heterosync.methods.prostate_ahnet import ProstateAHNet
+from heterosync.methods.prostate_finetune import ProstateFinetune
 from heterosync.methods.prostate_private import ProstatePrivate
 from heterosync.methods.scaffold import Scaffold
 from heterosync.methods.splitavg import SplitAVG
@@ -44,6 +45,7 @@ METHODS: tuple[type[Method], ...] = (
     Central,
     ProstateAHNet,
     ProstatePrivate,
+    ProstateFinetune,
 )
 
 __all__ = [

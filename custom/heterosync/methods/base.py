@@ -49,7 +49,7 @@ COMMON_LEAVES: tuple[str, ...] = (
     "W2, number of images of the positive label per evaluated split: n_positive",
     "at the check-in: site name, method, labels (the names of the two classes), anchor_digest (SHA-256 of the shared "
     "anchor set), model_hash (names and shapes), initial_weights (imagenet, none or a file's hash), precision, "
-    "versions of heterosync, python, torch, torchvision and nvflare",
+    "versions of heterosync, python, torch, torchvision, monai and nvflare",
 )
 
 #: The same for methods that segment volumes.
@@ -93,8 +93,8 @@ class Method(ABC):
         leaves          all that leaves a site, in plain words with its privacy class (the job's README explains them):
                         the method's own tensors, then `COMMON_LEAVES` or `VOLUME_LEAVES`
         task            what is learned (training/task.py)
-        weighting       fusion weights: "equal", "samples", "metric" (the sent model's validation score) or "none"
-                        (nothing is exchanged); a setting of that name takes its place
+        weighting       fusion weights: "equal", "samples", "metric" (validation score of the model sent), "quality" (of
+                        the model received) or "none" (nothing is exchanged); a setting of that name takes its place
         personal        each site is tested with its own model
         uses_anchor     the loss needs the anchor task
         pooled          one site holds the images of all: no federation, for comparison only
@@ -130,6 +130,11 @@ class Method(ABC):
     def min_sites(self) -> int:
         """Sites that a run needs at least: two, where there is something to combine."""
         return 1 if self.pooled or self.weighting == "none" else 2
+
+    @property
+    def one_model(self) -> bool:
+        """Whether a federation ends with one model for all, which also a site that did not train can use."""
+        return self.weighting != "none" and not self.personal and not self.pooled
 
     @property
     def server_half(self) -> bool:

@@ -14,7 +14,9 @@ class ProstateSettings(Settings):
     what: ClassVar[str] = "prostate_ahnet"
 
     weighting: str = setting(
-        "metric", "[M] validation Dice; samples: data quantity [R]; equal [R]", choices=("metric", "samples", "equal")
+        "metric",
+        "[M] Dice of the model sent; samples: data quantity; quality: Dice of the model received [R]; equal",
+        choices=("metric", "samples", "quality", "equal"),
     )
 
 
@@ -27,11 +29,16 @@ class ProstateAHNet(Method):
 
     The Dice is that of the weights sent; with one local epoch, as in the paper, it is that of the most recent epoch.
 
+    `weighting` holds what the paper's Discussion leaves to future work: data quantity, d_k = n_k; and data quality [R],
+    d_k = mean Dice of w, the model received, on site k's validation set. That model is the same at every site, so that
+    only images and masks can make the difference: masks that contradict those of the others weigh less. So do images
+    that are merely unlike the others', and in round 0 it is the Dice of first values: a proxy, no measured quality.
+
     Sent: every tensor of the 3D AH-Net, BatchNorm statistics and counters included, and d_k. 145.8 MiB per round, in
     each direction.
 
-    Degenerates: with `weighting` samples into FedAvg, with equal into a plain mean; with one site into
-    `prostate_private`.
+    Degenerates: with `weighting` samples into FedAvg, with equal into a plain mean, as with any where all d_k are
+    alike; with one site into `prostate_private`.
     """
 
     name = "prostate_ahnet"

@@ -6,22 +6,57 @@ two axes, and through-plane ones along the last. Volumes therefore are (b, 1, x,
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
 from torch import nn
+
+from heterosync.errors import UserError
+from heterosync.models.encoder import named_file, read_state
 
 NETWORKS = ("ahnet", "unet_tiny")
 
 
-def build_segmenter(network: str, psp_blocks: int = 4) -> nn.Module:
+def need_monai() -> None:
+    """Raises `UserError` where MONAI, which reads volumes and builds their networks, is not installed."""
+    if importlib.util.find_spec("monai") is None:
+        raise UserError("the package monai is not installed, and volumes need it: run pip install heterosync anew")
+
+
+def architecture(network: str, psp_blocks: int = 4) -> tuple[str, dict[str, Any]]:
+    """The class in `monai.networks.nets` and its arguments."""
+    ends: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1}
+    if network == "ahnet":
+        return "AHNet", {**ends, "psp_block_num": psp_blocks, "upsample_mode": "transpose"}
+    return "UNet", {**ends, "channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 1, "norm": "batch"}
+
+
+def build_segmenter(network: str, psp_blocks: int = 4, weights: str = "none") -> nn.Module:
     """Volumes (b, 1, x, y, z) -> logits (b, 1, x, y, z); first values from the global generator.
 
     "ahnet" has 38 133 768 parameters with 4 pyramid levels and 38 127 780 without (145.8 and 145.7 MiB of state). Its
-    published 2-D pretraining is not used: all sites start from the server's draw.
+    published 2-D pretraining is not used: all sites start from the server's draw. `weights`: "none", or a file with a
+    state of this network, such as an earlier training's best_model.pt, by its name in the folder of torch's cached
+    files or by its path. Raises `UserError` for a file that is missing or of another network.
     """
-    from monai.networks.nets import AHNet, UNet
+    need_monai()
+    from monai.networks import nets
 
-    if network == "ahnet":
-        return AHNet(spatial_dims=3, in_channels=1, out_channels=1, psp_block_num=psp_blocks, upsample_mode="transpose")
-    return UNet(3, 1, 1, channels=(8, 16, 32), strides=(2, 2), num_res_units=1, norm="batch")
+    name, arguments = architecture(network, psp_blocks)
+    net: nn.Module = getattr(nets, name)(**arguments)
+    if weights != "none":
+        _load(net, weights)
+    return net
+
+
+def _load(net: nn.Module, weights: str) -> None:
+    state, own = read_state(named_file(weights)), net.state_dict()
+    odd = next((name for name in {**own, **state} if name not in own or name not in state), None)
+    odd = odd or next((name for name, value in own.items() if value.shape != state[name].shape), None)
+    if odd is not None:
+        line = f"setting 'weights' is '{weights}', a file of another network (tensor '{odd}')"
+        raise UserError(f"{line}: take one that was trained with the same settings 'network' and 'psp_blocks'")
+    net.load_state_dict(state)
 
 
 def patch_problem(network: str, psp_blocks: int, patch: tuple[int, int, int]) -> str | None:

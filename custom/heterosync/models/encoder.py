@@ -87,10 +87,25 @@ def resolved_weights(weights: str, backbone: str = "resnet18") -> str:
     path = _weights_file(backbone, weights)
     if path is None:
         return "none"
-    if weights in ("auto", "imagenet"):
-        return "imagenet"
+    return "imagenet" if weights in ("auto", "imagenet") else file_mark(path)
+
+
+def file_mark(path: Path) -> str:
+    """What is said of a file of weights at the check-in: "file sha256:<first 12 digits>"."""
     status = path.stat()
     return f"file sha256:{_file_hash(path.resolve(), status.st_size, status.st_mtime_ns)[:12]}"
+
+
+def named_file(weights: str) -> Path:
+    """The file of weights with this path, or with this name in the folder of torch's cached files.
+
+    Raises `UserError` when it is not there.
+    """
+    path = Path(weights) if os.path.dirname(weights) else cached_imagenet_file().parent / weights
+    if not path.is_file():
+        hint = "put the file there, or use 'none'"
+        raise UserError(f"setting 'weights' is '{weights}' but {path} does not exist: {hint}")
+    return path
 
 
 @lru_cache(maxsize=4)
@@ -118,18 +133,19 @@ def _weights_file(backbone: str, weights: str) -> Path | None:
         return None
     if backbone != "resnet18":
         raise UserError(f"setting 'weights' is '{weights}' but backbone '{backbone}' has no weights: set it to none")
-    if weights in ("auto", "imagenet"):
-        path = cached
-    else:
-        path = Path(weights) if os.path.dirname(weights) else cached.parent / weights
-    if not path.is_file():
-        hint = "put torchvision's ResNet18 file there" if weights == "imagenet" else "put the file there"
-        raise UserError(f"setting 'weights' is '{weights}' but {path} does not exist: {hint}, or use 'none'")
-    return path
+    if weights not in ("auto", "imagenet"):
+        return named_file(weights)
+    if not cached.is_file():
+        hint = "put torchvision's ResNet18 file there, or use 'none'"
+        raise UserError(f"setting 'weights' is '{weights}' but {cached} does not exist: {hint}")
+    return cached
 
 
 def read_state(path: Path | str) -> dict[str, Tensor]:
-    """Read a file that holds one state (name -> tensor), without running code of it. Raises `UserError`."""
+    """Read a file that holds one state (name -> tensor), alone or as a training keeps it, without running code of it.
+
+    Raises `UserError`.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: give the path of a PyTorch state file")
     try:
@@ -138,8 +154,9 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is no readable PyTorch state file: it is damaged or holds more than tensors"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for key in ("state_dict", "state"):  # of other people's files and of our own model files
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state (name -> tensor): save model.state_dict() into it")
     return state

@@ -9,7 +9,7 @@ from typing import Any
 
 from heterosync.files import own_folder, write_json
 from heterosync.study.evidence.runs import read_runs
-from heterosync.study.pages.report import auc_table, summary, write_report
+from heterosync.study.pages.report import score_table, summary, write_report
 
 MARK = ".heterosync-demo"
 
@@ -57,7 +57,7 @@ def run_demo(
     write_json(out / "summary.json", means)
     files = write_report(runs, out)
     say(f"\nTest AUC per site (95 % interval) on synthetic images, after {time.monotonic() - start:.0f} s:\n")
-    say(auc_table(runs))
+    say(score_table(runs))
     say("\nOpen:")
     for path in [out / "summary.json", *files]:
         say(f"  {path}")

@@ -35,13 +35,13 @@ class Scorer(nn.Module):
         return torch.stack(scores).mean(0)
 
 
-def export_model(model: Path | str, out: Path | str, partner: str | None = None) -> dict[str, object]:
+def export_model(model: Path | str | ModelFile, out: Path | str, partner: str | None = None) -> dict[str, object]:
     """Write `out` (.pt2), read it back, and compare it with the model on seeded random images in batches of 1 and 3.
 
     Returns what a user of the file must know. Raises `UserError` when the program does not give the model's scores;
     nothing is left behind then. `partner`: "self" or "sat_mean" (`sat_index` has no fixed partner to build in).
     """
-    file: ModelFile = load_model(model)
+    file = model if isinstance(model, ModelFile) else load_model(model)
     method, network = file.build()
     if method.task is not CLASSIFICATION:
         raise UserError(f"a model of method '{method.name}' segments volumes: only pictures' models are exported")

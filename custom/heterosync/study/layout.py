@@ -22,6 +22,10 @@ from heterosync.study.table import csv_table
 
 STUDY, DATA, RUNS, REPORT = "study.json", "data", "runs", "report"
 RESULTS, PREDICTIONS, RUN_SPEC, DONE, FAILED = "results", "predictions.csv", "run_spec.json", "done.json", "failed.json"
+#: In the results of an ensemble of models on volumes: slices of its test cases, in a folder for each site.
+VIEWS = "views"
+#: In the folder of a run: what its engine works with, how far it is, and what it said.
+WORK, PROGRESS, LOG = "work", "progress.json", "run.log"
 #: Folder name of the level of a scenario that has none.
 NO_LEVEL = "all"
 #: The site that no other trains with; its rows of predictions.csv were scored by `GLOBAL` or by `own_model(site)`.

@@ -34,6 +34,9 @@ class Classification(Task):
     shown = "AUC"
     undefined = "the validation split lacks a class"
     averaged = ("auc", "accuracy", "recall", "precision")
+    reported = ("auc", "ci_low", "ci_high", "accuracy", "recall", "precision", "n", "n_positive")
+    counted = ("n_positive", "positive")
+    chance = 0.5
     columns = ("id", "split", "label", "probability", "model")
     items = "images"
     layout = torch.channels_last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ class Evaluation:
         """The table of cases, under the columns of the task."""
         scored = zip(self.ids, self.labels.tolist(), self.probabilities.tolist(), strict=True)
         return [[id_, split, label, probability, model] for id_, label, probability in scored]
+
+    def keep(self, folder: Path, model: str) -> None:
+        """Nothing: a picture is told by its score."""
 
 
 def score(

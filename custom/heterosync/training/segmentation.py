@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from heterosync import pulse
 from heterosync.errors import UserError
-from heterosync.models.ahnet import build_segmenter
+from heterosync.models.ahnet import build_segmenter, need_monai
+from heterosync.models.encoder import file_mark, named_file
 from heterosync.training.batches import Batch, batch_bounds
 from heterosync.training.checks import check_machine, check_trainable, split_rows
 from heterosync.training.dice import THRESHOLD, CaseScore, dice_coefficient, score_case, soft_dice_loss, summarise
@@ -22,6 +24,7 @@ from heterosync.training.precision import autocast
 from heterosync.training.seeds import stream
 from heterosync.training.stacked import apply_stack, draw_stack
 from heterosync.training.task import Examples, Task
+from heterosync.training.views import View, axial_view, views_file, write_views
 from heterosync.training.volume_settings import VolumeSettings
 
 DIAGNOSTIC_PATCHES = 2
@@ -47,12 +50,15 @@ class Segmentation(Task):
     shown = "Dice"
     undefined = "the validation split is empty"
     averaged = ("dice", "hd95", "volume_error")
+    reported = ("dice", "ci_low", "ci_high", "dice_sd", "hd95", "volume_error", "n", "n_missed")
+    counted = ("n_missed", "nothing found")
     columns = ("id", "split", "dice", "hd95", "volume", "reference_volume", "model")
     items = "volumes"
     layout = torch.contiguous_format
     Settings = VolumeSettings
 
     def load(self, folder: Any, settings: VolumeSettings, need_anchor: bool, pooled: bool) -> FoldData:
+        need_monai()
         from heterosync.data.volume_dataset import load_volume_site
         from heterosync.data.volume_preprocess import Preprocessing
 
@@ -63,7 +69,7 @@ class Segmentation(Task):
         return VolumeExamples(learner, data, site, device, precision)
 
     def network(self, settings: VolumeSettings, weights: str) -> nn.Module:
-        return build_segmenter(settings.network, settings.psp_blocks)
+        return build_segmenter(settings.network, settings.psp_blocks, weights)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return soft_dice_loss(outputs, targets)
@@ -73,7 +79,7 @@ class Segmentation(Task):
         return f"{settings.network} on patches of {patch} voxels of {settings.spacing:g} mm"
 
     def initial_weights(self, settings: VolumeSettings) -> str:
-        return "none"
+        return "none" if settings.weights == "none" else file_mark(named_file(settings.weights))
 
     def random_batch(self, learner: Learner, size: int, device: torch.device) -> Batch:
         images = torch.rand(size, 1, *learner.training.patch, device=device)
@@ -89,11 +95,15 @@ class Segmented:
 
     cases: list[CaseScore]
     metrics: dict[str, float | None]  # see dice.summarise
+    views: list[View] = field(default_factory=list, repr=False)  # what a person would look at, case by case
 
     def rows(self, split: str, model: str) -> list[list[Any]]:
         return [
             [case.id, split, case.dice, case.hd95, case.volume, case.reference_volume, model] for case in self.cases
         ]
+
+    def keep(self, folder: Path, model: str) -> None:
+        write_views(folder / views_file(model), self.views)
 
 
 class VolumeExamples(Examples):
@@ -139,8 +149,12 @@ class VolumeExamples(Examples):
 
     def evaluate_ensemble(self, models: Sequence[nn.Module], split: str) -> Segmented:
         """The same for the mean of the models' probabilities."""
-        scores = [score_case(c.id, mask, c.mask, c.spacing) for c, mask in self._segmented(models, split)]
-        return Segmented(scores, summarise(scores))
+        scores, views = [], []
+        for case, found in self._segmented(models, split):
+            scores.append(score_case(case.id, found, case.mask, case.spacing))
+            image, mask, mine = (part.numpy() for part in (case.image[0], case.mask, found))
+            views.append(axial_view(case.id, scores[-1].dice, image, mask, mine, case.spacing))
+        return Segmented(scores, summarise(scores), views)
 
     def _patch(self, row: int, key: tuple, augmented: bool) -> tuple[Tensor, Tensor]:
         image, mask = self._patches.draw(row, stream(*key, "crop"))

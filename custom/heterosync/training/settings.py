@@ -146,8 +146,8 @@ class LoopSettings(Settings):
 
     @property
     def weights_path(self) -> bool:
-        """Whether the first weights are a file that is named by its place."""
-        return False
+        """Whether the setting `weights` of tasks that have one says where a file lies, not only its name."""
+        return os.path.dirname(getattr(self, "weights", "")) != ""
 
     @classmethod
     def from_dict(cls: type[L], values: Mapping[str, Any] | None) -> L:
@@ -183,8 +183,3 @@ class TrainingSettings(LoopSettings):
                 f"training setting 'weights' is '{self.weights}': {nearest(self.weights, WEIGHTS)}, or the name of a "
                 "file in torch's cache, for example resnet18-own.pt"
             )
-
-    @property
-    def weights_path(self) -> bool:
-        """Whether `weights` says where a file lies, not only its name."""
-        return os.path.dirname(self.weights) != ""

@@ -1,9 +1,10 @@
 """Deep Stacked Transformation: nine transformations one upon the other, each with chance 1/2.
 
 Zhang et al., "Generalizing deep learning for medical image segmentation to unseen domains via deep stacked
-transformation", IEEE TMI 2020, arXiv 1906.03347; ranges as there, for images of zero mean and unit variance. Everything
-random comes from one generator, so that a patch depends on its stream alone (seeds.py); MONAI's transforms do the work.
-Rotation, scaling and deformation are one grid, so that image and mask are interpolated once.
+transformation", IEEE TMI 2020, arXiv 1906.03347; for images of zero mean and unit variance. The ranges are those of
+public re-implementations that cite it, which agree (docs/prostate.md). Everything random comes from one generator, so
+that a patch depends on its stream alone (seeds.py); MONAI's transforms do the work. [R]: rotation, scaling and
+deformation are one grid, so that image and mask are interpolated once; magnification is alike along all axes.
 """
 
 from __future__ import annotations

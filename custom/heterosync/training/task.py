@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -46,6 +47,9 @@ class Outcome(Protocol):
     def rows(self, split: str, model: str) -> list[list[Any]]:
         """The rows of predictions.csv, under the task's `columns`."""
 
+    def keep(self, folder: Path, model: str) -> None:
+        """Write what else shall stay at the site beside that table, for the scores of `model`."""
+
 
 class Examples(ABC):
     """One site's data as the loop sees it, on the training device."""
@@ -79,6 +83,9 @@ class Task(ABC):
     shown       its name in texts
     undefined   why a validation split may lack it
     averaged    metrics whose mean over sites is told
+    reported    what is told of a test set, in this order: the metric, its 95 % interval, all else
+    counted     what stands behind the number of a test set's items: the metric that counts them, and in words
+    chance      the metric's value by guessing, where it has one
     columns     of predictions.csv
     items       what a site has many of, in the plural
     layout      memory format of batches and networks
@@ -90,6 +97,9 @@ class Task(ABC):
     shown: ClassVar[str]
     undefined: ClassVar[str]
     averaged: ClassVar[tuple[str, ...]]
+    reported: ClassVar[tuple[str, ...]]
+    counted: ClassVar[tuple[str, str]]
+    chance: ClassVar[float | None] = None
     columns: ClassVar[tuple[str, ...]]
     items: ClassVar[str]
     layout: ClassVar[torch.memory_format]

@@ -14,6 +14,9 @@ class VolumeSettings(LoopSettings):
     """The recipe of Sarma et al. 2021, Model architecture and Training strategy; what it leaves open is marked [R]."""
 
     network: str = setting("ahnet", "[S] 3D AH-Net; unet_tiny for the smoke profile [own]", choices=NETWORKS)
+    weights: str = setting(
+        "none", "[own] or an earlier model's file: its name in torch's cache, in simulations its path"
+    )
     psp_blocks: int = setting(4, "[R] MONAI's default: levels of AH-Net's pyramid pooling", low=0, high=4)
     spacing: float = setting(1.0, "[S] mm, isotropic", low=0.25, high=10.0)
     interpolation: str = setting("linear", "[R] of images on resampling", choices=("linear", "spline"))

@@ -3,11 +3,11 @@ and left out; the rest goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from sys import intern
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from heterosync.study.layout import (
     RUNS,
     STUDY,
     UNSEEN,
+    Done,
     Prediction,
     RunSpec,
     own_model,
@@ -53,6 +54,25 @@ class Outcome:
     cost: dict[str, Any]
     info: dict[str, Any]
 
+    @property
+    def label(self) -> str:
+        return self.spec.label
+
+
+class AnyOutcome(Protocol):
+    """What every finished run has, whatever it learned. label: of its method in the plan."""
+
+    @property
+    def spec(self) -> RunSpec: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def history(self) -> list[tuple[int, str, str, float]]: ...
+    @property
+    def cost(self) -> dict[str, Any]: ...
+    @property
+    def info(self) -> dict[str, Any]: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Study:
@@ -67,7 +87,18 @@ class Study:
 
 
 def read_study(folder: Path | str) -> Study:
-    """Read every finished run of a study folder, whole or still going.
+    """Read every finished run of a study on pictures, whole or still going.
+
+    Raises `UserError` when the folder is no study's or its study.json is damaged.
+    """
+    return Study(**read_finished(folder, _read_run))
+
+
+R = TypeVar("R")
+
+
+def read_finished(folder: Path | str, read: Callable[[RunSpec, Path, Done], R]) -> dict[str, Any]:
+    """The fields of a `Study`, each outcome made by `read` of a finished run's spec, folder and cost.
 
     Raises `UserError` when the folder is no study's or its study.json is damaged.
     """
@@ -83,11 +114,12 @@ def read_study(folder: Path | str) -> Study:
         _, scenario, level, repeat, label = run.split("/")
         name = RunSpec(scenario, level, 0, "", "", label).name.replace(" r0 ", " ")
         try:
-            outcome = _read_run(folder / run, run, digest)
+            finished = _finished(folder / run, run, digest)
+            outcome = read(finished[0], folder / run, finished[1]) if finished else None
         except UserError as error:
             problems += [f"{name} {repeat} left out: {line}" for line in _first_lines(str(error))]
             continue
-        if outcome:
+        if outcome is not None:
             outcomes.append(outcome)
         else:
             waiting.setdefault(name, []).append(repeat)
@@ -95,7 +127,8 @@ def read_study(folder: Path | str) -> Study:
         f"{name}: no result yet for {', '.join(repeats)}: `heterosync study run` goes on with what is missing"
         for name, repeats in waiting.items()
     ]
-    return Study(folder, info["plan"], outcomes, problems + _strangers(folder, runs), info)
+    problems += _strangers(folder, runs)
+    return {"folder": folder, "plan": info["plan"], "outcomes": outcomes, "problems": problems, "info": info}
 
 
 def _planned(path: Path, info: Any) -> dict[str, str]:
@@ -109,7 +142,7 @@ def _planned(path: Path, info: Any) -> dict[str, str]:
     return info["runs"]
 
 
-def _read_run(folder: Path, run: str, digest: str) -> Outcome | None:
+def _finished(folder: Path, run: str, digest: str) -> tuple[RunSpec, Done] | None:
     """None when the run has not ended. Raises `UserError` when it failed, is damaged or belongs to another plan."""
     done = read_done(folder)
     if done is None:
@@ -121,6 +154,11 @@ def _read_run(folder: Path, run: str, digest: str) -> Outcome | None:
     spec = read_spec(folder)
     if spec.folder("").as_posix() != run or spec.digest != digest or done.digest != digest:
         raise UserError(f"{folder} holds a run of another plan: remove it, and it is run again")
+    return spec, done
+
+
+def _read_run(spec: RunSpec, folder: Path, done: Done) -> Outcome:
+    """Raises `UserError` where its results are missing or damaged."""
     results = folder / RESULTS
     record = read_runs([results])[0]
     predictions = read_predictions(results)

@@ -3,7 +3,8 @@ else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from heterosync.errors import UserError
 from heterosync.federation.results import CROSS_SITE, HISTORY, MEAN, RUN, read_history
 from heterosync.federation.trainings import STORE
 from heterosync.files import read_json
+from heterosync.methods import get_method
+from heterosync.training import CLASSIFICATION, Task
 
 #: Which of the tested models speaks for a run, the first that is there: the chosen fusion, each site's own, the last
 #: fusion.
 PREFERRED = ("best", "local", "last")
-VALIDATION_AUC = "val_auc_received"
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,16 @@ class Run:
         return self.tests.get(self.model, {}) if self.model else {}
 
     @property
+    def task(self) -> Task:
+        """What it learned."""
+        return task_of(self.info)
+
+    @property
     def validation(self) -> dict[str, list[tuple[int, float]]]:
-        """Site -> (rounds of training that the model had seen, validation AUC)."""
+        """Site -> (rounds of training that the model had seen, validation score in the task's metric)."""
         curves: dict[str, list[tuple[int, float]]] = {}
         for round_, site, metric, value in self.history:
-            if metric == VALIDATION_AUC:
+            if metric == self.task.received:
                 curves.setdefault(site, []).append((round_, value))
         return {site: sorted(curves[site]) for site in sorted(curves)}
 
@@ -79,6 +86,13 @@ class Run:
             for record in records
             if (missing := sorted(sites - set(record["contributors"])))
         ]
+
+
+def task_of(info: Mapping[str, Any]) -> Task:
+    """The task of the run that run.json tells of; classification for a method that this version does not know."""
+    with suppress(UserError):
+        return get_method(str(info.get("method"))).task
+    return CLASSIFICATION
 
 
 def find_runs(path: Path | str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from heterosync.files import make_folder, write_text
 from heterosync.study.evidence.bootstrap import METRICS
 from heterosync.study.evidence.comparisons import Comparisons
 from heterosync.study.evidence.measures import Measurement, Summary
-from heterosync.study.evidence.outcomes import Study
+from heterosync.study.evidence.outcomes import AnyOutcome, Study
 from heterosync.study.layout import Done
 from heterosync.study.table import csv_table
 
@@ -67,10 +67,10 @@ def comparisons_csv(comparisons: Comparisons) -> str:
     return csv_table(header, rows)
 
 
-def costs_csv(study: Study) -> str:
+def costs_csv(outcomes: Iterable[AnyOutcome]) -> str:
     """One row per finished run; see `layout.Done` for the units."""
     rows = []
-    for one in study.outcomes:
+    for one in outcomes:
         spec = one.spec
         run = [spec.scenario, spec.level, spec.repeat, spec.method, spec.variant]
         rows.append([*run, *(one.cost[name] for name in _COSTS)])
@@ -89,7 +89,7 @@ def write_tables(
     texts = {
         "metrics.csv": metrics_csv(measurements),
         "summary.csv": summary_csv(summaries),
-        "costs.csv": costs_csv(study),
+        "costs.csv": costs_csv(study.outcomes),
         **({"comparisons.csv": comparisons_csv(comparisons)} if comparisons else {}),
     }
     return [write_text(folder / name, text) for name, text in texts.items()]

@@ -16,17 +16,20 @@ def boxes(
     value: str = "test AUC",
     notes: Mapping[str, str] | None = None,
     reference: str | None = None,
+    chance: float | None = 0.5,
+    counted: bool = True,
 ) -> list[Path]:
     """One panel per site, one box per method over its repeats: median, quartiles, whiskers to minimum and maximum.
 
     `series`: site -> method -> one value per repeat, None where it is not defined. `notes`: site -> a line below its
-    name (test images, positives). `reference` is drawn in colour. Where fewer values than the most are defined, their
-    number stands at the right end of the row. Writes `<stem>.png` and `<stem>.svg`.
+    name (test images, positives). `reference` is drawn in colour; a dotted line marks `chance`. Where fewer values than
+    the most are defined, their number stands at the right end of the row, unless `counted` is off. Writes `<stem>.png`
+    and `<stem>.svg`.
     """
     methods = unique(series.values())
     most = max((len(values) for site in series.values() for values in site.values()), default=0)
     known = [v for site in series.values() for values in site.values() for v in values if v is not None]
-    low = min([*known, 0.5]) if known else 0.0
+    low = min([*known, *([] if chance is None else [chance])]) if known else 0.0
     height = LINE_HEIGHT * len(methods) + 0.75
     figure, axes = panels(len(series), COLUMNS, 2.7, height, sharex=True, sharey=True)
     for panel, (site, found) in zip(axes, series.items(), strict=True):
@@ -51,10 +54,11 @@ def boxes(
                 panel.plot(values, [y] * len(values), "o", markersize=2.6, color=colour, alpha=0.7)
             else:
                 tell_absent(panel, y, "not defined" if method in found else "no run")
-            if values and len(values) < most:
+            if counted and values and len(values) < most:
                 tell = f"{len(values)}/{most}"
                 panel.text(1.01, y, tell, transform=panel.get_yaxis_transform(), va="center", fontsize=6.5, color=MUTED)
-        panel.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
+        if chance is not None:
+            panel.axvline(chance, color=MUTED, linewidth=0.8, linestyle=":")
         panel.set_title("\n".join(filter(None, [wrapped(site), (notes or {}).get(site, "")])))
         panel.grid(axis="x")
         panel.set_yticks(range(len(methods)), methods)

@@ -16,6 +16,7 @@ def convergence(
     stem: Path,
     value: str = "validation AUC, mean over sites",
     reference: str | None = None,
+    chance: float | None = 0.5,
 ) -> list[Path]:
     """A panel per part (scenario or level) and group of methods: mean over the repeats and the band from minimum to
     maximum. `series`: part -> method -> rounds of training -> one value per repeat."""
@@ -28,7 +29,8 @@ def convergence(
     for panel, (group, part) in zip(axes, order, strict=True):
         for k, method in enumerate(group):
             _band(panel, series[part].get(method, {}), method, k, 2.0 if method == reference else 1.2)
-        panel.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
+        if chance is not None:
+            panel.axhline(chance, color=MUTED, linewidth=0.8, linestyle=":")
         panel.set_title(wrapped(part))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.xaxis.set_tick_params(labelbottom=True)

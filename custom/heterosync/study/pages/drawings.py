@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from heterosync.study.evidence.outcomes import Outcome, Study, models_at
-from heterosync.study.evidence.runs import VALIDATION_AUC
+from heterosync.study.evidence.outcomes import AnyOutcome, models_at
+from heterosync.study.evidence.runs import task_of
 from heterosync.study.evidence.statistics import RocBand, common_cases, roc_band
 from heterosync.study.figures import bars, boxes, cost, curves, lines, roc, violins
 from heterosync.study.layout import UNSEEN
@@ -43,15 +44,15 @@ def scenario_figures(scenario: Scenario, folder: Path, resamples: int) -> list[D
     return [drawn for drawn in [*found, _convergence(scenario, folder), _coupling(scenario, folder)] if drawn]
 
 
-def cost_figure(study: Study, folder: Path, reference: str) -> Drawn:
+def cost_figure(outcomes: Iterable[AnyOutcome], folder: Path, reference: str) -> Drawn:
     costs: dict[str, dict[str, list[float]]] = {}
-    for one in study.outcomes:
+    for one in outcomes:
         for name, value in (
             ("minutes per run", one.cost["seconds"] / 60),
             ("MiB per site and round", one.cost["bytes_per_site_round"] / 2**20),
             ("peak memory of a run (GiB)", one.cost["peak_memory_bytes"] / 2**30),
         ):
-            costs.setdefault(name, {}).setdefault(one.spec.label, []).append(value)
+            costs.setdefault(name, {}).setdefault(one.label, []).append(value)
     series = {name: {label: sum(v) / len(v) for label, v in found.items()} for name, found in costs.items()}
     caption = (
         "Cost per method, mean over its runs: wall time, size of what a site sends in a round, highest memory of all "
@@ -155,7 +156,7 @@ def _convergence(scenario: Scenario, folder: Path) -> Drawn | None:
         for label in scenario.labels:
             rounds: dict[int, list[float]] = {}
             for one in scenario.series[level].get(label, {}).values():
-                for round_, value in _mean_over_sites(one).items():
+                for round_, value in mean_over_sites(one).items():
                     rounds.setdefault(round_, []).append(value)
             if rounds:
                 series.setdefault(part, {})[label] = rounds
@@ -172,10 +173,12 @@ def _convergence(scenario: Scenario, folder: Path) -> Drawn | None:
     return Drawn(files, caption)
 
 
-def _mean_over_sites(outcome: Outcome) -> dict[int, float]:
+def mean_over_sites(outcome: AnyOutcome) -> dict[int, float]:
+    """Round -> validation score of the received model."""
     values: dict[int, list[float | None]] = {}
+    received = task_of(outcome.info).received
     for round_, _, metric, value in outcome.history:
-        if metric == VALIDATION_AUC:
+        if metric == received:
             values.setdefault(round_, []).append(value)
     return {round_: known for round_, each in sorted(values.items()) if (known := mean(each)) is not None}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from heterosync.errors import UserError
 from heterosync.methods import get_method
 from heterosync.study.evidence.comparisons import Comparisons, Pair
 from heterosync.study.evidence.measures import MEAN_PROBABILITY, Summary
-from heterosync.study.evidence.outcomes import Outcome, Study
+from heterosync.study.evidence.outcomes import AnyOutcome
 from heterosync.study.evidence.statistics import Comparison
 from heterosync.study.layout import NO_LEVEL, UNSEEN
 from heterosync.study.pages import html
@@ -156,10 +156,10 @@ def _p(c: Comparison) -> str:
     return ABSENT if c.p is None else f"{c.p:.3f}"
 
 
-def cost_table(study: Study) -> str:
+def cost_table(outcomes: Iterable[AnyOutcome]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
-    for one in study.outcomes:
-        runs.setdefault(one.spec.label, []).append(one.cost)
+    for one in outcomes:
+        runs.setdefault(one.label, []).append(one.cost)
     rows = []
     for label, costs in runs.items():
         seconds = sum(c["seconds"] for c in costs)
@@ -189,10 +189,10 @@ def map_table(numbers: Sequence[MapNumbers]) -> str:
     return html.table(header, rows, "How far apart the sites lie in encoder 1's output.", 2)
 
 
-def method_rows(study: Study) -> Rows:
+def method_rows(outcomes: Iterable[AnyOutcome]) -> Rows:
     """One row per label of the study."""
     rows = []
-    for label, outcome in {one.spec.label: one for one in study.outcomes}.items():
+    for label, outcome in {one.label: one for one in outcomes}.items():
         try:
             method = get_method(outcome.spec.method)
             facts = [method.title, method.status, method.citation, "each site's own" if method.personal else "one"]
@@ -202,28 +202,28 @@ def method_rows(study: Study) -> Rows:
     return ["label", "method", "status", "source", "model under test"], rows
 
 
-def setting_rows(study: Study) -> Rows:
-    """What all runs share, and what differs, with the number of runs."""
-    rows = [[f"version of {name}, at planning", str(v)] for name, v in (study.info.get("versions") or {}).items()]
-    rows.append(["seed of each repeat", ", ".join(_seeds(study.outcomes))])
-    for name in sorted({name for one in study.outcomes for name in one.info.get("versions") or {}}):
+def setting_rows(info: Mapping[str, Any], outcomes: Sequence[AnyOutcome]) -> Rows:
+    """What all runs share, and what differs, with the number of runs. info: study.json."""
+    rows = [[f"version of {name}, at planning", str(v)] for name, v in (info.get("versions") or {}).items()]
+    rows.append(["seed of each repeat", ", ".join(_seeds(outcomes))])
+    for name in sorted({name for one in outcomes for name in one.info.get("versions") or {}}):
         rows.append(
             [
                 f"version of {name}, in the runs",
-                _told((one.info.get("versions") or {}).get(name) for one in study.outcomes),
+                _told((one.info.get("versions") or {}).get(name) for one in outcomes),
             ]
         )
     for name in ("initial_weights", "engine"):
-        if any(name in one.info for one in study.outcomes):
-            rows.append([name.replace("_", " "), _told(one.info.get(name) for one in study.outcomes)])
-    rows += _anchor_rows(study.outcomes)
-    trainings = [one.info.get("training") or {} for one in study.outcomes]
+        if any(name in one.info for one in outcomes):
+            rows.append([name.replace("_", " "), _told(one.info.get(name) for one in outcomes)])
+    rows += _anchor_rows(outcomes)
+    trainings = [one.info.get("training") or {} for one in outcomes]
     for name in sorted({name for training in trainings for name in training} - {"seed"}):
         rows.append([f"training setting {name}", _told(training.get(name) for training in trainings)])
     return ["what", "value"], rows
 
 
-def _anchor_rows(outcomes: Iterable[Outcome]) -> list[list[str]]:
+def _anchor_rows(outcomes: Iterable[AnyOutcome]) -> list[list[str]]:
     """One row per anchor digest and the repeats that have it; runs without the anchor task have none."""
     repeats: dict[str, set[int]] = {}
     for one in outcomes:
@@ -237,7 +237,7 @@ def _anchor_rows(outcomes: Iterable[Outcome]) -> list[list[str]]:
     return [[f"{what}, {', '.join(f'r{repeat}' for repeat in of)}", digest] for of, digest in found]
 
 
-def _seeds(outcomes: Iterable[Outcome]) -> list[str]:
+def _seeds(outcomes: Iterable[AnyOutcome]) -> list[str]:
     seeds = {(one.spec.repeat, str((one.info.get("training") or {}).get("seed", "unknown"))) for one in outcomes}
     return [f"r{repeat}: {seed}" for repeat, seed in sorted(seeds)]
 

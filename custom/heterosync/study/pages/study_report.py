@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from heterosync.files import make_folder, own_folder, write_text
 from heterosync.study.evidence.bootstrap import RESAMPLES
 from heterosync.study.evidence.comparisons import REFERENCE, Comparisons, compare
 from heterosync.study.evidence.measures import Measurement, Summary, measurements, summaries
-from heterosync.study.evidence.outcomes import Study, read_study
+from heterosync.study.evidence.outcomes import AnyOutcome, Study, read_study
 from heterosync.study.evidence.tables import write_tables
 from heterosync.study.layout import NO_LEVEL, REPORT
 from heterosync.study.pages import html
@@ -29,10 +29,9 @@ from heterosync.study.pages.page_tables import (
     setting_rows,
     unseen_table,
 )
+from heterosync.study.pages.wish import COMMAND, FIGURES, MARK, PAGE, TABLES, Made, Wish
+from heterosync.study.running.plan import SYNTHETIC
 from heterosync.study.table import csv_table, text_table, with_interval
-
-PAGE, FIGURES, TABLES = "index.html", "figures", "tables"
-_MARK, _COMMAND = ".heterosync-report", "heterosync study report"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,14 @@ class Results:
         """All that is missing or was left out; paths are below the study's folder, since a report travels."""
         lines = [*self.study.problems, *(self.comparisons.problems if self.comparisons else [])]
         return [line.replace(f"{self.study.folder}/", "") for line in lines]
+
+
+def make_report(folder: Path, wish: Wish, say: Callable[[str], None]) -> Made:
+    """The whole report on a study on pictures. Raises as `study_results` and `write_study_report` do."""
+    say("reading the runs and resampling their test cases")
+    results = study_results(folder, wish.reference, wish.resamples or RESAMPLES)
+    files = write_study_report(results, wish.out, wish.maps, say)
+    return Made(report_text(results), study_dict(results), files[-1])
 
 
 def study_results(
@@ -87,7 +94,7 @@ def write_study_report(
     maps: also t-SNE maps, which take the models and the images; say: told what is being done. Raises `UserError` when
     `out` holds other files.
     """
-    out = own_folder(results.study.folder / REPORT if out is None else out, _MARK, _COMMAND)
+    out = own_folder(results.study.folder / REPORT if out is None else out, MARK, COMMAND)
     figures = make_folder(out / FIGURES)
     files = write_tables(results.study, results.measurements, results.summaries, results.comparisons, out / TABLES)
     sections, numbers = [], []
@@ -97,13 +104,13 @@ def write_study_report(
         sections.append(section)
         numbers += of_maps
         files += written
-    cost = cost_figure(results.study, figures, results.reference)
+    cost = cost_figure(results.study.outcomes, figures, results.reference)
     files += cost.files
     sections += [
         _comparison_section(results),
-        html.Section("Cost", [html.figure(cost.svg, cost.caption), cost_table(results.study)]),
-        _method_section(results.study),
-        _setting_section(results.study),
+        html.Section("Cost", [html.figure(cost.svg, cost.caption), cost_table(results.study.outcomes)]),
+        method_section(results.study.outcomes),
+        setting_section(results.study.info, results.study.outcomes),
     ]
     files += _more_tables(results, numbers, out / TABLES)
     title = f"Heterogeneity study {results.study.info.get('name') or results.study.plan.get('name') or ''}".strip()
@@ -140,9 +147,9 @@ def study_dict(results: Results) -> dict[str, Any]:
     }
 
 
-def is_synthetic(study: Study) -> bool:
-    source = study.plan.get("source")
-    return (source.get("kind") if isinstance(source, dict) else source) == "synthetic"
+def is_synthetic(info: Mapping[str, Any]) -> bool:
+    """info: study.json."""
+    return info.get("source") == SYNTHETIC
 
 
 def _lead(results: Results) -> list[str]:
@@ -153,7 +160,7 @@ def _lead(results: Results) -> list[str]:
             f"{done} of {planned} runs are finished and readable. Plan digest: {study.info.get('digest', 'unknown')}."
         )
     ]
-    if is_synthetic(study):
+    if is_synthetic(study.info):
         parts.append(
             html.note(
                 "The images of this study are synthetic: they were drawn by a program. Its numbers show how the "
@@ -224,8 +231,8 @@ def _comparison_section(results: Results) -> html.Section:
     return section
 
 
-def _method_section(study: Study) -> html.Section:
-    header, rows = method_rows(study)
+def method_section(outcomes: Iterable[AnyOutcome]) -> html.Section:
+    header, rows = method_rows(outcomes)
     text = (
         "Status with respect to the source. Exact: as published. Corrected: a defect of the published code is mended. "
         "Code-faithful: as the official code, where paper and code differ. Reconstruction: the source leaves something "
@@ -234,16 +241,16 @@ def _method_section(study: Study) -> html.Section:
     return html.Section("Methods", [html.paragraph(text), html.table(header, rows, names=None)])
 
 
-def _setting_section(study: Study) -> html.Section:
-    header, rows = setting_rows(study)
+def setting_section(info: Mapping[str, Any], outcomes: Sequence[AnyOutcome]) -> html.Section:
+    header, rows = setting_rows(info, outcomes)
     return html.Section("Versions, seeds and settings", [html.table(header, rows, names=None)])
 
 
 def _more_tables(results: Results, numbers: Sequence[MapNumbers], folder: Path) -> list[Path]:
     """methods.csv, settings.csv, missing.csv and, where there are maps, maps.csv."""
     texts = {
-        "methods.csv": csv_table(*method_rows(results.study)),
-        "settings.csv": csv_table(*setting_rows(results.study)),
+        "methods.csv": csv_table(*method_rows(results.study.outcomes)),
+        "settings.csv": csv_table(*setting_rows(results.study.info, results.study.outcomes)),
         "missing.csv": csv_table(["problem"], [[line] for line in results.problems]),
     }
     if numbers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from heterosync.data.anchor_tables import (
 from heterosync.data.collection import Collection
 from heterosync.data.dataset import load_site
 from heterosync.data.scenario import RECORD, check_anchor, write_scenario
-from heterosync.data.scenario_plan import draw_balanced, plan_scenario, target_sizes
+from heterosync.data.scenario_plan import draw_balanced, plan_scenario
 from heterosync.data.scenario_tables import UNSEEN, SiteRow, on_any_domain, read_table, scaled, table_levels
 from heterosync.data.sources import open_collection
 from heterosync.data.synthetic import (
@@ -34,49 +34,16 @@ from heterosync.data.synthetic import (
 )
 from heterosync.errors import ProblemList, UserError
 from heterosync.files import content_digest, explained, read_json
-from heterosync.study.layout import DATA, level_folder
-from heterosync.study.running.plan import SYNTHETIC, Plan, ScenarioEntry, digest_of
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One scenario at one level in one repeat. table: the rows of its sites, scaled; anchors: the row of each site
-    where an anchor table decides; n_anchor: images of the anchor pack, 0 without one, of the largest where they
-    differ."""
-
-    entry: ScenarioEntry
-    level: str | None
-    repeat: int
-    seed: int
-    table: tuple[SiteRow, ...]
-    anchors: dict[str, AnchorRow]
-    n_anchor: int
-
-    def folder(self, study: Path | str) -> Path:
-        return Path(study) / DATA / self.entry.name / level_folder(self.level) / f"r{self.repeat}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.entry.name}{'' if self.level is None else f' {self.level}'} r{self.repeat}"
-
-    @property
-    def sites(self) -> list[str]:
-        """Those that train, in the order of their names."""
-        return sorted({row.site for row in self.table} - {UNSEEN})
-
-    @property
-    def anchors_differ(self) -> bool:
-        return len({self.anchors[site] for site in self.sites if site in self.anchors}) > 1
-
-    def images(self, site: str) -> tuple[int, int, int]:
-        """How many train, validate and test at a site, as far as whole patients allow."""
-        rows = [row for row in self.table if row.site == site]
-        negative, positive = target_sizes(rows, 0), target_sizes(rows, 1)
-        return negative[0] + positive[0], negative[1] + positive[1], negative[2] + positive[2]
+from heterosync.study.layout import RunSpec, level_folder
+from heterosync.study.running.cell import Cell, sizes_in_words
+from heterosync.study.running.plan import SYNTHETIC, MethodEntry, Plan, ScenarioEntry, digest_of
 
 
 class StudyData:
     """Every cell of a plan, and the means to write it. Raises `ProblemList` for tables that do not fit the plan."""
+
+    #: Images in the batch that is timed for an estimate.
+    timed = 8
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -121,6 +88,42 @@ class StudyData:
             "unseen": self.plan.unseen,
             **spec,
         }
+
+    def runs(self) -> list[tuple[Cell, MethodEntry, RunSpec]]:
+        """All runs of the plan, cell by cell, methods in the order of the plan."""
+        found = []
+        for cell in self.cells:
+            pooled = sum(max(cell.images(site)[0], cell.n_anchor) for site in cell.sites)
+            request = digest_of(self.request(cell))
+            for entry in self.plan.entries(cell.entry, cell.n_anchor, pooled):
+                training = {**self.plan.common(), **entry.training, "seed": cell.seed}
+                made = entry.made(training)
+                full = {"settings": made.settings.to_dict(), "training": made.training.to_dict()}
+                spec = RunSpec(
+                    cell.entry.name,
+                    level_folder(cell.level),
+                    cell.repeat,
+                    entry.method,
+                    entry.variant,
+                    entry.label,
+                    {"method": dict(entry.settings), "training": training},
+                    digest_of({"data": request, "method": entry.method, **full}),
+                )
+                found.append((cell, entry, spec))
+        return found
+
+    def waits_for(self, spec: RunSpec) -> set[str]:
+        """Paths of the runs that must have ended before: none."""
+        return set()
+
+    def overview(self) -> tuple[list[str], list[list[str]]]:
+        """What the cells of the first repeat hold, for a table."""
+        rows = []
+        for cell in self.cells:
+            if not cell.repeat:
+                sizes = {site: cell.images(site) for site in cell.sites}
+                rows.append([cell.name.rsplit(" ", 1)[0], sizes_in_words(sizes), str(cell.n_anchor)])
+        return ["scenario", "images per site (of these test)", "anchor images"], rows
 
     def problems(self, study: Path) -> list[str]:
         """What keeps the cells that are not yet written from being written: missing images, bad anchor packs."""

@@ -16,17 +16,15 @@ from typing import Any
 import psutil
 
 from heterosync.errors import UserError
-from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL
-from heterosync.federation.results import CROSS_SITE, HISTORY, RUN, TENSORBOARD
-from heterosync.files import held, link_file, make_folder, read_json, try_lock, write_json
+from heterosync.federation.results import RUN
+from heterosync.files import held, read_json, try_lock, write_json
 from heterosync.methods import get_method
-from heterosync.study.layout import FAILED, RESULTS, UNSEEN, Done, RunSpec, read_done, read_spec, write_done
-from heterosync.study.layout import write_predictions as write_rows
-from heterosync.study.partners import embed_partners
-from heterosync.study.running.collect import run_predictions
-from heterosync.study.running.engines import Engine, InProcess, Task, Trained
-from heterosync.study.running.plan import Plan
-from heterosync.study.running.record import PROGRESS, WORK, read_study, run_folder
+from heterosync.study.layout import FAILED, PROGRESS, WORK, Done, RunSpec, read_done, read_spec, write_done
+from heterosync.study.running.engines import Engine, InProcess
+from heterosync.study.running.job import Job
+from heterosync.study.running.kinds import KINDS
+from heterosync.study.running.plan import AnyPlan
+from heterosync.study.running.record import read_study, run_folder
 
 #: Environment variable with the process that started this one; a run ends with it.
 PARENT = "HETEROSYNC_STUDY_PARENT"
@@ -63,77 +61,24 @@ def note_failure(folder: Path, cause: str) -> None:
     write_json(folder / FAILED, {"cause": line or "no cause was told", "failed": _now()})
 
 
-def _play(study: Path, plan: Plan, folder: Path, spec: RunSpec, engine: Engine, say: Callable[[str], None]) -> Done:
-    data = spec.data(study)
-    record = read_json(data / "scenario.json")
-    sites = {site: (data / site).absolute() for site in record["sites"] if site != UNSEEN}
-    task = Task(
-        spec.method,
-        spec.settings["method"],
-        spec.settings["training"],
-        sites,
-        data.absolute(),
-        (folder / WORK).absolute(),
-        anchors_may_differ=bool(record["anchors_differ"]),
-    )
-    with Watch(folder, engine.record(task.work)) as watch:
-        trained = engine.train(task, say)
-        results = _keep_record(trained, folder / RESULTS)
-        made = get_method(spec.method)
-        if (results / BEST_MODEL).exists() and not made.personal:
-            _with_partners(results / BEST_MODEL, task)
-        prefix = f"seed {record['seed']} " if plan.synthetic else ""  # the same name is another image there
-        predictions = run_predictions(spec.method, trained, data, prefix)
-        write_rows(results, predictions)
-        _keep_models(plan, trained, folder)
+def _play(study: Path, plan: AnyPlan, folder: Path, spec: RunSpec, engine: Engine, say: Callable[[str], None]) -> Done:
+    job = Job(study, plan, folder, spec, engine, say)
+    with Watch(folder, engine.record(job.work)) as watch:
+        cost = KINDS[plan.task].carry_out(job)
     done = Done(
         digest=spec.digest,
         seconds=round(watch.seconds, 3),
         peak_memory_bytes=watch.peak,
-        bytes_per_site_round=_payload(read_json(results / RUN)),
-        engine=engine.name,
+        bytes_per_site_round=cost.bytes_per_site_round,
+        engine=cost.engine,
         finished=_now(),
-        rows=len(predictions),
+        rows=cost.rows,
     )
     write_done(folder, done)
     if "workspace" not in plan.keep:  # not before: half a workspace would keep the run from going on
         for path in folder.glob(f"{WORK}*"):
             shutil.rmtree(path, ignore_errors=True)
     return done
-
-
-def _keep_record(trained: Trained, results: Path) -> Path:
-    """The record of a run at its place; models and curves as second names of the same files."""
-    make_folder(results)
-    events = [path.relative_to(trained.record).as_posix() for path in (trained.record / TENSORBOARD).glob("*")]
-    for name in (HISTORY, CROSS_SITE, RUN, BEST_MODEL, LAST_MODEL, *events):
-        if (trained.record / name).exists():
-            link_file(trained.record / name, results / name)
-    return results
-
-
-def _with_partners(model: Path, task: Task) -> None:
-    """Put partner images into a two-task model, so that it predicts without an anchor pack at hand."""
-    from heterosync.federation.modelfile import load_model
-
-    if load_model(model).build()[0].uses_anchor:
-        embed_partners(model, next(iter(task.sites.values())))
-
-
-def _keep_models(plan: Plan, trained: Trained, folder: Path) -> None:
-    results = folder / RESULTS
-    for name, file in (("best", BEST_MODEL), ("last", LAST_MODEL)):
-        if name not in plan.keep:
-            (results / file).unlink(missing_ok=True)
-    if "own" in plan.keep:
-        for site, path in trained.own.items():
-            link_file(path, results / "own" / f"{site}.pt")
-
-
-def _payload(run: Mapping[str, Any]) -> int:
-    """Mean bytes of a contribution."""
-    sizes = [size for record in run.get("rounds", []) for size in record.get("bytes", {}).values()]
-    return round(sum(sizes) / len(sizes)) if sizes else 0
 
 
 class Watch:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from heterosync.errors import UserError, nearest
 from heterosync.methods import get_method, make_method
@@ -38,15 +38,48 @@ class MethodEntry:
         return f"{self.method}-{self.variant}" if self.variant else self.method
 
     def made(self, training: Mapping[str, Any]) -> Method:
-        """Raises `UserError` for unknown settings or bad values, and for a method of another task."""
-        task = get_method(self.method).task
-        if task is not CLASSIFICATION:
-            raise UserError(f"it learns {task.name}, and a study compares methods of classification: leave it out")
+        """Raises `UserError` for unknown settings or bad values."""
         return make_method(self.method, self.settings, training)
 
     def with_variant(self, variant: str, **training: Any) -> MethodEntry:
         name = f"{self.variant}-{variant}" if self.variant else variant
         return MethodEntry(self.method, name, self.settings, {**self.training, **training})
+
+
+class AnyPlan(Protocol):
+    """What every plan has, whatever its methods learn. task: the name of that (training/task.py)."""
+
+    task: ClassVar[str]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def methods(self) -> tuple[MethodEntry, ...]: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def keep(self) -> tuple[str, ...]: ...
+
+    def where_from(self) -> str:
+        """Where the data come from, in a word: "synthetic", or a place."""
+
+    def ground(self, scenario: str) -> dict[str, Any]:
+        """What the data of a scenario rest on, besides their seeds, as plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as study.json keeps them."""
+
+
+def of_another_task(entries: Iterable[MethodEntry], task: str) -> list[str]:
+    """A line for each method that does not learn what its plan is for."""
+    other = [(entry.method, get_method(entry.method).task.name) for entry in entries]
+    return [
+        f"method {method} learns {name}, and the plan's task is {task}: leave it out, or write task: {name}"
+        for method, name in other
+        if name != task
+    ]
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,7 @@ class Plan:
     images, the splits and the training; group, unseen: as `data scenario`; base: what the plan's paths are relative
     to."""
 
+    task: ClassVar[str] = CLASSIFICATION.name
     name: str
     methods: tuple[MethodEntry, ...]
     scenarios: tuple[ScenarioEntry, ...]
@@ -89,6 +123,16 @@ class Plan:
     @property
     def synthetic(self) -> bool:
         return self.source["kind"] == SYNTHETIC
+
+    def where_from(self) -> str:
+        return SYNTHETIC if self.synthetic else str(self.source["path"])
+
+    def ground(self, scenario: str) -> dict[str, Any]:
+        values = self.to_dict()
+        entry = {entry["name"]: entry for entry in values["scenarios"]}[scenario]
+        own = {"scenario": entry["scenario"], "any_domain": entry["any_domain"]}
+        own |= {name: values[name] if entry[name] is None else entry[name] for name in ("scale", "anchor")}
+        return {**own, **{name: values[name] for name in ("source", "group", "unseen")}}
 
     def common(self) -> dict[str, Any]:
         """The training settings of all runs."""
@@ -133,6 +177,9 @@ class Plan:
             TrainingSettings.from_dict(self.common())
         except UserError as error:
             return [str(error)]
+        problems = of_another_task(self.methods, self.task)
+        if problems:
+            return problems
         problems = self._of_switches()
         labels = [entry.label for entry in self.methods]
         names = [entry.name for entry in self.scenarios]

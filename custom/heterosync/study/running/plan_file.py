@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,11 @@ from typing import Any
 import yaml
 
 from heterosync.data.scenario_tables import read_table, table_levels
-from heterosync.errors import ProblemList, UserError, closest, nearest
-from heterosync.methods import get_method
-from heterosync.study.running.plan import BOTH, ENGINES, KEEP, SYNTHETIC, MethodEntry, Plan, ScenarioEntry
+from heterosync.errors import UserError, closest, nearest
+from heterosync.study.running.plan import BOTH, KEEP, SYNTHETIC, AnyPlan, Plan, ScenarioEntry
+from heterosync.study.running.plan_reader import PlanReader, whole_number
+from heterosync.study.running.volume_plan_file import VolumePlanReader
+from heterosync.training import CLASSIFICATION, SEGMENTATION
 
 PRESETS = Path(__file__).parent / "plans"
 #: The letters that the paper's scenarios have in docs/study.md.
@@ -26,14 +26,13 @@ ANCHOR_KEYS = {
     "table": ("table", "sources", "size"),
     "source": (*SOURCE_KEYS, "per_class"),
 }
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def read_plan(plan: Path | str, engine: str | None = None) -> Plan:
+def read_plan(plan: Path | str, engine: str | None = None) -> AnyPlan:
     """Read a plan file, or the preset of that name; `engine` replaces the plan's.
 
     Raises `UserError` for a file that is no such table, `ProblemList` with everything that is wrong in it.
@@ -53,22 +52,21 @@ def read_plan(plan: Path | str, engine: str | None = None) -> Plan:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a plan is a table (methods: …, scenarios: …): see docs/study.md")
     base = Path.cwd() if path.parent == PRESETS else path.parent.absolute()
-    return _Reader(path, values, base).plan(engine)
+    task = values.get("task", CLASSIFICATION.name)
+    if task not in READERS:
+        raise UserError(f"{path}: task is '{task}': {nearest(str(task), READERS)}")
+    return READERS[task](path, values, base, engine).plan()
 
 
-class _Reader:
-    """Takes a plan apart and notes every problem on the way."""
+class PicturePlanReader(PlanReader):
+    """Reads a plan for methods of classification."""
 
-    def __init__(self, path: Path, values: dict[str, Any], base: Path):
-        self.path, self.values, self.base = path, values, base
-        self.problems: list[str] = []
-
-    def plan(self, engine: str | None) -> Plan:
+    def plan(self) -> Plan:
         given = self.values
-        self._keys("the plan", given, ({item.name for item in fields(Plan)} | {"repeats", "seed"}) - {"base"})
+        self._keys("the plan", given, ({item.name for item in fields(Plan)} | {"repeats", "seed", "task"}) - {"base"})
         source = self._source(given.get("source", SYNTHETIC))
         plan = Plan(
-            name=self._folder_name("name", str(given.get("name") or self.path.stem)),
+            name=self._name(),
             methods=self._listed("methods", self._method),
             scenarios=self._listed("scenarios", self._scenario),
             source=source,
@@ -76,33 +74,18 @@ class _Reader:
             seeds=self._seeds(given.get("repeats"), given.get("seed"), given.get("seeds")),
             scale=self._scale("scale", given.get("scale", 1.0)),
             training=self._table("training", given.get("training")),
-            engine=self._choice("engine", engine or given.get("engine", ENGINES[0]), ENGINES),
+            engine=self._engine(),
             match_steps=self._choice("match_steps", given.get("match_steps", False), (False, True, BOTH)),
             balanced_sampler=self._choice("balanced_sampler", given.get("balanced_sampler", True), (True, False, BOTH)),
             group=self._choice("group", given.get("group", "patient"), ("patient", "image")),
             unseen=self._choice("unseen", given.get("unseen", True), (True, False)),
-            keep=self._keep(given.get("keep", ["best", "last"])),
+            keep=self._keep(given.get("keep", ["best", "last"]), KEEP),
             base=str(self.base),
         )
-        self.problems += [] if self.problems else plan.contradictions()
-        if self.problems:
-            raise ProblemList([f"{self.path}: {problem}" for problem in dict.fromkeys(self.problems)])
+        self.checked(plan.contradictions)
         return plan
 
     # -- entries of the lists ------------------------------------------------------------------------------------------
-
-    def _method(self, value: Any) -> MethodEntry:
-        table = {"method": value} if isinstance(value, str) else self._table("methods", value)
-        self._keys("methods", table, [item.name for item in fields(MethodEntry)])
-        name = str(table.get("method", ""))
-        get_method(name)
-        variant = str(table.get("variant") or "")
-        return MethodEntry(
-            name,
-            self._folder_name(f"method {name}, variant", variant) if variant else "",
-            self._table(f"method {name}, settings", table.get("settings")),
-            self._table(f"method {name}, training", table.get("training")),
-        )
 
     def _scenario(self, value: Any) -> ScenarioEntry:
         table = {"scenario": value} if isinstance(value, str) else self._table("scenarios", value)
@@ -158,75 +141,13 @@ class _Reader:
         if kind == "source" and not isinstance(table.get("path"), str):
             self.problems.append(f"{key} names no path: write synthetic, a pack's path, or path: … of a source")
         per_class = table.get("per_class", 1)
-        if not _whole(per_class) or per_class < 1:
+        if not whole_number(per_class) or per_class < 1:
             self.problems.append(f"{key}, per_class is {per_class!r}: it must be a whole number from 1")
         return {**table, "kind": kind, **({"format": table["kind"]} if kind == "source" and "kind" in table else {})}
 
-    # -- single values -------------------------------------------------------------------------------------------------
 
-    def _listed(self, key: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:
-        values, found = self.values.get(key), []
-        if not isinstance(values, list) or not values:
-            self.problems.append(f"{key} must be a list with at least one entry")
-            return ()
-        for value in values:
-            try:
-                found.append(read(value))
-            except UserError as error:
-                self.problems += str(error).splitlines()
-        return tuple(found)
-
-    def _seeds(self, repeats: Any, seed: Any, seeds: Any) -> tuple[int, ...]:
-        if seeds is not None:
-            if repeats is not None or seed is not None:
-                self.problems.append("seeds has one number per repeat: leave out repeats and seed, or seeds")
-            if not (isinstance(seeds, list) and seeds and all(map(_whole, seeds)) and len(set(seeds)) == len(seeds)):
-                self.problems.append(f"seeds is {seeds!r}: it must be a list of different whole numbers from 0")
-                return (0,)
-            return tuple(seeds)
-        repeats, seed = 1 if repeats is None else repeats, 0 if seed is None else seed
-        if not _whole(repeats) or repeats < 1:
-            self.problems.append(f"repeats is {repeats!r}: it must be a whole number from 1")
-            repeats = 1
-        if not _whole(seed):
-            self.problems.append(f"seed is {seed!r}: it must be a whole number from 0")
-            seed = 0
-        return tuple(range(seed, seed + repeats))
-
-    def _keep(self, value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list):
-            self.problems.append(f"keep is {value!r}: it must be a list of {', '.join(KEEP)}")
-            return ()
-        return tuple(self._choice("keep", item, KEEP) for item in value)
-
-    def _scale(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            self.problems.append(f"{key} is {value!r}: it must be a number above 0")
-            return 1.0
-        return float(value)
-
-    def _choice(self, key: str, value: Any, choices: tuple[Any, ...]) -> Any:
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
-            words = [str(choice).lower() for choice in choices]
-            self.problems.append(f"{key} is '{value}': {nearest(str(value).lower(), words)}")
-        return value
-
-    def _folder_name(self, key: str, value: str) -> str:
-        if not _FOLDER.fullmatch(value):
-            self.problems.append(f"{key} '{value}': use letters, digits, '-', '_' and '.'")
-        return value
-
-    def _table(self, key: str, value: Any) -> dict[str, Any]:
-        if value is not None and not isinstance(value, dict):
-            self.problems.append(f"{key}: {value!r} is not a table (key: value)")
-            return {}
-        return dict(value or {})
-
-    def _keys(self, where: str, table: Mapping[str, Any], known: Collection[str]) -> None:
-        for name in table:
-            if name not in known:
-                self.problems.append(f"{where} has a key '{name}' that is not known: {nearest(str(name), known)}")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+#: Task of a plan -> what reads it.
+READERS: dict[str, type[PicturePlanReader] | type[VolumePlanReader]] = {
+    CLASSIFICATION.name: PicturePlanReader,
+    SEGMENTATION.name: VolumePlanReader,
+}

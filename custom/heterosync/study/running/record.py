@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,47 +13,20 @@ from heterosync.federation.checkin import versions
 from heterosync.federation.trainings import difference, learning_info
 from heterosync.files import read_json, write_json
 from heterosync.study.layout import RUN_SPEC, RUNS, STUDY, RunSpec, level_folder
-from heterosync.study.running.cells import Cell, StudyData
-from heterosync.study.running.plan import MethodEntry, Plan, digest_of, plan_of
-
-#: In the folder of a run: what its engine works with, and how far it is.
-WORK, PROGRESS, LOG = "work", "progress.json", "run.log"
+from heterosync.study.running.kinds import AnyCell, plan_of
+from heterosync.study.running.plan import AnyPlan, digest_of
 
 
 @dataclass(frozen=True)
 class StudyRecord:
     """What study.json says. runs: path below the study -> digest, in the order in which they are made."""
 
-    plan: Plan
+    plan: AnyPlan
     digest: str
     runs: dict[str, str]
 
 
-def specs_of(data: StudyData) -> list[tuple[Cell, MethodEntry, RunSpec]]:
-    """All runs of a plan, cell by cell, methods in the order of the plan."""
-    found = []
-    for cell in data.cells:
-        pooled = sum(max(cell.images(site)[0], cell.n_anchor) for site in cell.sites)
-        request = digest_of(data.request(cell))
-        for entry in data.plan.entries(cell.entry, cell.n_anchor, pooled):
-            training = {**data.plan.common(), **entry.training, "seed": cell.seed}
-            made = entry.made(training)
-            full = {"settings": made.settings.to_dict(), "training": made.training.to_dict()}
-            spec = RunSpec(
-                cell.entry.name,
-                level_folder(cell.level),
-                cell.repeat,
-                entry.method,
-                entry.variant,
-                entry.label,
-                {"method": dict(entry.settings), "training": training},
-                digest_of({"data": request, "method": entry.method, **full}),
-            )
-            found.append((cell, entry, spec))
-    return found
-
-
-def write_study(study: Path, plan: Plan, specs: list[RunSpec], cells: list[Cell]) -> None:
+def write_study(study: Path, plan: AnyPlan, specs: list[RunSpec], cells: Sequence[AnyCell]) -> None:
     """Raises `UserError` when runs of another plan stand in `study`; a plan may grow."""
     check_same(study, plan, specs)
     runs = {spec.folder(study).relative_to(study).as_posix(): spec.digest for spec in specs}
@@ -62,11 +36,11 @@ def write_study(study: Path, plan: Plan, specs: list[RunSpec], cells: list[Cell]
         "plan": plan.to_dict(),
         "engine": plan.engine,
         "seeds": list(plan.seeds),
-        "source": "synthetic" if plan.synthetic else plan.source["path"],
+        "source": plan.where_from(),
         "versions": dict(versions()),
         "runs": runs,
         "cells": [
-            {"scenario": cell.entry.name, "level": level_folder(cell.level), "repeat": cell.repeat, "seed": cell.seed}
+            {"scenario": cell.scenario, "level": level_folder(cell.level), "repeat": cell.repeat, "seed": cell.seed}
             | {"sites": {site: list(cell.images(site)) for site in cell.sites}}
             for cell in cells
         ],
@@ -74,7 +48,7 @@ def write_study(study: Path, plan: Plan, specs: list[RunSpec], cells: list[Cell]
     write_json(study / STUDY, values)
 
 
-def check_same(study: Path, plan: Plan, specs: list[RunSpec]) -> None:
+def check_same(study: Path, plan: AnyPlan, specs: list[RunSpec]) -> None:
     """Raise `UserError` when `study` holds anything that this plan would not have made."""
     strange = [path for path in study.iterdir() if path.name != ".lock"] if study.is_dir() else []
     if strange and not (study / STUDY).exists():
@@ -88,7 +62,7 @@ def check_same(study: Path, plan: Plan, specs: list[RunSpec]) -> None:
             raise UserError(f"{study} is the folder of another plan: its run {name} {what}: choose another --out")
 
 
-def _other(study: Path, plan: Plan, mine: RunSpec, there: dict[str, Any]) -> str:
+def _other(study: Path, plan: AnyPlan, mine: RunSpec, there: dict[str, Any]) -> str:
     """In words, what makes the run in run_spec.json another one than `mine`."""
     found = None
     with suppress(UserError, KeyError, TypeError, ValueError):  # of another version, or damaged
@@ -97,18 +71,9 @@ def _other(study: Path, plan: Plan, mine: RunSpec, there: dict[str, Any]) -> str
         )
         found = difference(ours, theirs, free=())
         if found is None:
-            ours, theirs = (_ground(p, mine.scenario) for p in (plan, plan_of(read_json(study / STUDY)["plan"])))
+            ours, theirs = (p.ground(mine.scenario) for p in (plan, plan_of(read_json(study / STUDY)["plan"])))
             found = difference(ours, theirs, free=())
     return f"another {found}" if found else "other settings or images"
-
-
-def _ground(plan: Plan, scenario: str) -> dict[str, Any]:
-    """What a plan's images of a scenario rest on, besides their seeds."""
-    values = plan.to_dict()
-    entry = {entry["name"]: entry for entry in values["scenarios"]}[scenario]
-    own = {"scenario": entry["scenario"], "any_domain": entry["any_domain"]}
-    own |= {name: values[name] if entry[name] is None else entry[name] for name in ("scale", "anchor")}
-    return {**own, **{name: values[name] for name in ("source", "group", "unseen")}}
 
 
 def read_study(study: Path) -> StudyRecord:

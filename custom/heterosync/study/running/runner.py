@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,13 @@ import psutil
 import heterosync
 from heterosync.errors import ProblemList, UserError
 from heterosync.files import explained, held, make_folder, read_json
-from heterosync.study.layout import FAILED, RunSpec, read_done, write_spec
-from heterosync.study.running.cells import Cell, StudyData
+from heterosync.study.layout import FAILED, LOG, PROGRESS, RunSpec, read_done, write_spec
 from heterosync.study.running.estimate import estimate, in_words
+from heterosync.study.running.kinds import KINDS, AnyCell, AnyData
 from heterosync.study.running.one import PARENT, note_failure
-from heterosync.study.running.plan import MethodEntry, Plan
+from heterosync.study.running.plan import AnyPlan, MethodEntry
 from heterosync.study.running.progress import Display
-from heterosync.study.running.record import LOG, PROGRESS, check_same, specs_of, write_study
+from heterosync.study.running.record import check_same, write_study
 from heterosync.study.table import text_table
 
 #: Seconds between two looks at the runs in progress, and those that a run has to end by itself when it is stopped.
@@ -64,8 +64,8 @@ class Machine:
 class Work:
     """A plan laid out: all runs, and the seconds that each will take."""
 
-    data: StudyData
-    runs: list[tuple[Cell, MethodEntry, RunSpec]]
+    data: AnyData
+    runs: Sequence[tuple[AnyCell, MethodEntry, RunSpec]]
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -73,16 +73,16 @@ class Work:
         return [spec for _, _, spec in self.runs]
 
 
-def lay_out(plan: Plan, out: Path) -> Work:
+def lay_out(plan: AnyPlan, out: Path) -> Work:
     """Everything that can be known before anything is written. Raises `ProblemList` with all that keeps the plan from
     being carried out in `out`."""
-    data = StudyData(plan)
-    work = Work(data, specs_of(data))
+    data = KINDS[plan.task].data(plan)
+    work = Work(data, data.runs())
     problems = []
     for cell, entry, spec in work.runs:
         made = entry.made(spec.settings["training"])
         if len(cell.sites) < made.min_sites:
-            problems.append(f"scenario {cell.entry.name} has {len(cell.sites)} site, and method {spec.label} needs two")
+            problems.append(f"scenario {cell.scenario} has {len(cell.sites)} site, and method {spec.label} needs two")
     if not work.runs:
         problems.append(f"plan {plan.name} has no run: no scenario has a method")
     problems += data.problems(out)
@@ -91,7 +91,7 @@ def lay_out(plan: Plan, out: Path) -> Work:
     check_same(out, plan, work.specs)
     for cell in data.cells:
         data.is_written(cell, out)
-    return Work(data, work.runs, estimate(work.runs, plan.engine))
+    return Work(data, work.runs, estimate(work.runs, plan.engine, data.timed))
 
 
 def is_done(spec: RunSpec, out: Path) -> bool:
@@ -102,13 +102,6 @@ def is_done(spec: RunSpec, out: Path) -> bool:
 def plan_text(work: Work, out: Path, machine: Machine) -> str:
     """The plan for a person: what will be run on which images, and how long it takes."""
     plan = work.data.plan
-    rows = []
-    for cell in work.data.cells:
-        if cell.repeat:
-            continue
-        sizes = {site: cell.images(site) for site in cell.sites}
-        images = ", ".join(f"{site} {sum(size)} ({size[2]})" for site, size in sizes.items())
-        rows.append([cell.name.rsplit(" ", 1)[0], images if len(images) < 70 else _range(sizes), str(cell.n_anchor)])
     left = [i for i, spec in enumerate(work.specs) if not is_done(spec, out)]
     seconds = sum(work.seconds[i] for i in left)
     labels = ", ".join(dict.fromkeys(spec.label for spec in work.specs))
@@ -120,7 +113,7 @@ def plan_text(work: Work, out: Path, machine: Machine) -> str:
         f"methods: {labels}",
         f"repeats: {len(plan.seeds)} (seeds {', '.join(map(str, plan.seeds))})",
         "",
-        text_table(["scenario", "images per site (of these test)", "anchor images"], rows),
+        text_table(*work.data.overview()),
         "",
         f"time: about {in_words(seconds)} on this machine, as busy as it is now",
     ]
@@ -135,12 +128,6 @@ def plan_facts(work: Work, out: Path) -> dict[str, Any]:
     ]
     sites = {cell.name: {site: cell.images(site) for site in cell.sites} for cell in work.data.cells}
     return {"study": str(out), "name": work.data.plan.name, "runs": runs, "sites": sites}
-
-
-def _range(sizes: Mapping[str, tuple[int, int, int]]) -> str:
-    totals = sorted(sum(size) for size in sizes.values())
-    tests = sorted(size[2] for size in sizes.values())
-    return f"{len(sizes)} sites, {totals[0]} to {totals[-1]} ({tests[0]} to {tests[-1]})"
 
 
 def prepare(work: Work, out: Path, show: Display) -> list[int]:
@@ -183,14 +170,22 @@ class _Pool:
                 for slot in range(self.machine.jobs):
                     if slot in self.running and self.running[slot][1].poll() is not None:
                         self._ended(*self.running.pop(slot))
-                    if slot not in self.running and self.todo:
-                        self.running[slot] = self._start(self.todo.pop(0), slot)
+                    run = None if slot in self.running else self._next()
+                    if run is not None:
+                        self.todo.remove(run)
+                        self.running[slot] = self._start(run, slot)
                 self._tell()
                 time.sleep(PACE)
         finally:
             self.show.close()
             stop_all([process for _, process in self.running.values()])
         return self.failed
+
+    def _next(self) -> int | None:
+        """The first run to come that waits for none in progress or to come."""
+        specs = self.work.specs
+        pending = {specs[i].path for i in [*self.todo, *(run for run, _ in self.running.values())]}
+        return next((i for i in self.todo if not self.work.data.waits_for(specs[i]) & pending), None)
 
     def _start(self, run: int, slot: int) -> tuple[int, subprocess.Popen[bytes]]:
         cell, entry, spec = self.work.runs[run]

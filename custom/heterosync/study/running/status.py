@@ -11,9 +11,9 @@ from typing import Any
 from heterosync.errors import UserError
 from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL
 from heterosync.files import explained, read_json
-from heterosync.study.layout import DATA, FAILED, REPORT, RESULTS, RUNS, STUDY, read_done, read_spec
+from heterosync.study.layout import DATA, FAILED, PROGRESS, REPORT, RESULTS, RUNS, STUDY, WORK, read_done, read_spec
 from heterosync.study.running.one import is_held
-from heterosync.study.running.record import PROGRESS, WORK, StudyRecord, read_study
+from heterosync.study.running.record import StudyRecord, read_study
 from heterosync.study.running.runner import progress_of
 from heterosync.study.table import text_table
 
