@@ -10,33 +10,30 @@ from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
+from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.fuel.utils.memory_utils import cleanup_memory
 
-from heterosync.errors import HeteroSyncError
 from heterosync.federation import checkin
 from heterosync.federation.results import RunRecorder
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.trainings import learning_info
 from heterosync.federation.wire import WirePolicy
 from heterosync.flare import bounds, messages
+from heterosync.flare.causes import Stopped, cause_of
 from heterosync.flare.persistor import LABELS
+from heterosync.flare.sending import Payload, send
 from heterosync.training.settings import LoopSettings
 
 CHECK_PERIOD = 0.05  # seconds
 
 log = logging.getLogger("heterosync")
-
-
-class Stopped(HeteroSyncError):
-    """The job cannot go on; the text says why, one line per cause."""
 
 
 class Supervision(Controller):
@@ -190,7 +187,14 @@ class Supervision(Controller):
         cleanup_memory()
 
     def _ask(
-        self, name: str, message: Shareable, what: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
+        self,
+        name: str,
+        message: Shareable,
+        what: str,
+        signal: Signal,
+        fl_ctx: FLContext,
+        arrived: Any = None,
+        payload: Payload | None = None,
     ) -> messages.Answers:
         """Send a task that is answered by scalars to the sites that take part; `arrived` as in `messages.Answers`."""
         answers = messages.Answers(name, self._sites, self._policy, arrived)
@@ -206,7 +210,7 @@ class Supervision(Controller):
             name=name,
             data=message,
             timeout=self._task_timeout,
-            before_task_sent_cb=_send_without_copy,
+            before_task_sent_cb=lambda client_task, fl_ctx: self._guarded(fl_ctx, send, client_task, payload),
             result_received_cb=lambda client_task, fl_ctx: self._guarded(fl_ctx, take, client_task, fl_ctx),
         )
         wait = self._wait_time_after_min_received
@@ -233,9 +237,7 @@ class Supervision(Controller):
         why = "; ".join(f"site {site}: {reason}" for site, reason in sorted(absent.items())) or messages.NO_ANSWER
         return f"{where}: fewer than the {self._min_clients} sites that the job needs contribute: {why}"
 
-    def _test(
-        self, models: Mapping[str, Callable[[], Mapping[str, Any]]], abort_signal: Signal, fl_ctx: FLContext
-    ) -> list[str]:
+    def _test(self, models: Mapping[str, Callable[[], Payload]], abort_signal: Signal, fl_ctx: FLContext) -> list[str]:
         """Test one model after the other, each read when its turn comes; record what comes in, return the problems."""
         missing: dict[str, dict[str, str]] = {}
         problems: list[str] = []
@@ -249,13 +251,13 @@ class Supervision(Controller):
         return problems
 
     def _validate(
-        self, name: str, state: Mapping[str, Any], split: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
+        self, name: str, model: Payload, split: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
     ) -> tuple[messages.Answers, str]:
-        message = self._question(state)
+        message = self._question({} if callable(model) else model)
         message.set_header(messages.SPLIT, split)
         message.set_header(messages.MODEL, name)
         what = f"the {split} of model '{name}'"
-        return self._ask(messages.VALIDATE, message, what, signal, fl_ctx, arrived), what
+        return self._ask(messages.VALIDATE, message, what, signal, fl_ctx, arrived, model), what
 
     def _question(self, state: Mapping[str, Any]) -> Shareable:
         """A task about a model that carries it along."""
@@ -263,7 +265,11 @@ class Supervision(Controller):
 
 
 class SupervisedRounds(Supervision, ScatterAndGather):
-    """FLARE's ScatterAndGather, kept to the sites that passed the check-in; `HeteroSyncController` is the only one."""
+    """FLARE's ScatterAndGather, kept to the sites that passed the check-in, each of which gets what its method says;
+    `HeteroSyncController` is the only one."""
+
+    def _begin(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        self._server = self.aggregator.serve(self._global_weights[ModelLearnableKey.WEIGHTS] or {}, fl_ctx)
 
     def broadcast_and_wait(self, task: Task, fl_ctx: FLContext, *args: Any, **options: Any) -> None:
         """As FLARE's, but only to the sites that take part."""
@@ -274,26 +280,11 @@ class SupervisedRounds(Supervision, ScatterAndGather):
 
     def _prepare_train_task_data(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         super()._prepare_train_task_data(client_task, fl_ctx)
-        _send_without_copy(client_task, fl_ctx)
+        self._guarded(fl_ctx, send, client_task, self._last_model())
 
+    def _last_model(self) -> Payload:
+        return self._model(self._global_weights[ModelLearnableKey.WEIGHTS])
 
-def guarded(component: FLComponent, fl_ctx: FLContext, what: Callable[..., None], *args: Any) -> None:
-    """`_guarded` for the server's other components; the controller puts the cause on record."""
-    try:
-        what(*args)
-    except Exception as error:
-        component.system_panic("; ".join(cause_of(error).splitlines()), fl_ctx)
-
-
-def cause_of(error: Exception) -> str:
-    """What is said of an error that ends the job; of one that nobody foresaw, the traceback goes into the log."""
-    if isinstance(error, HeteroSyncError):
-        return str(error)
-    log.error("an unexpected error ends the job", exc_info=error)
-    return f"{type(error).__name__}: {error}"
-
-
-def _send_without_copy(client_task: ClientTask, fl_ctx: FLContext) -> None:
-    """Keep FLARE from copying the model for every broadcast: nothing here ever changes a tensor in place."""
-    task = client_task.task
-    task._broadcast_data = task.data
+    def _model(self, state: Mapping[str, Any], memory: Mapping[str, Any] | None = None) -> Payload:
+        """A global state as it goes to the sites; `memory` as in `Server.for_site`."""
+        return partial(self._server.for_site, state=state, memory=memory) if self._rules.per_site else state

@@ -74,9 +74,14 @@ def features(net: ResNet, images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
+def cached_file(name: str) -> Path:
+    """Where a weights file of this name lies on this machine, in torch's cache (it need not exist)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
 def cached_imagenet_file() -> Path:
     """Where torchvision keeps its ImageNet weights of ResNet18 on this machine (the file need not exist)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name
+    return cached_file(Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
 
 
 def resolved_weights(weights: str, backbone: str = "resnet18") -> str:
@@ -87,8 +92,11 @@ def resolved_weights(weights: str, backbone: str = "resnet18") -> str:
     path = _weights_file(backbone, weights)
     if path is None:
         return "none"
-    if weights in ("auto", "imagenet"):
-        return "imagenet"
+    return "imagenet" if weights in ("auto", "imagenet") else file_name(path)
+
+
+def file_name(path: Path) -> str:
+    """What a weights file is called at the check-in: "file sha256:<first 12 digits>"."""
     status = path.stat()
     return f"file sha256:{_file_hash(path.resolve(), status.st_size, status.st_mtime_ns)[:12]}"
 
@@ -121,7 +129,7 @@ def _weights_file(backbone: str, weights: str) -> Path | None:
     if weights in ("auto", "imagenet"):
         path = cached
     else:
-        path = Path(weights) if os.path.dirname(weights) else cached.parent / weights
+        path = Path(weights) if os.path.dirname(weights) else cached_file(weights)
     if not path.is_file():
         hint = "put torchvision's ResNet18 file there" if weights == "imagenet" else "put the file there"
         raise UserError(f"setting 'weights' is '{weights}' but {path} does not exist: {hint}, or use 'none'")

@@ -12,6 +12,7 @@ from heterosync.errors import UserError
 from heterosync.federation.results import CROSS_SITE, HISTORY, MEAN, RUN, read_history
 from heterosync.federation.trainings import STORE
 from heterosync.files import read_json
+from heterosync.methods import METHODS, Method
 
 #: Which of the tested models speaks for a run, the first that is there: the chosen fusion, each site's own, the last
 #: fusion.
@@ -33,6 +34,11 @@ class Run:
     def status(self) -> str:
         status = str(self.info.get("status", "unknown"))
         return "still going or broken off" if status == "running" else status
+
+    @property
+    def method(self) -> type[Method] | None:
+        """What was trained; None where this version of heterosync does not know it."""
+        return next((method for method in METHODS if method.name == self.info.get("method")), None)
 
     @property
     def rounds_done(self) -> int:
