@@ -20,6 +20,17 @@ SMOKE: dict = {
     "precision": "float32",
 }
 
+#: Method settings that go with SMOKE, by method: for those whose own defaults are sized for 224 pixels or a large GPU.
+SMALL: dict[str, dict] = {
+    "clip": {"clip_model": "stand-in"},
+    "fedppkt": {
+        **{"teacher_epochs": 6, "nz": 8, "ngf": 4, "synthesis_batch": 16, "pool": 64, "kd_steps": 6},
+        **{"warm_up": 0, "server_gen_epochs": 1, "server_gen_steps": 2},
+    },
+    "fedtp": {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "mlp": 64, "embed": 8, "hyper_hidden": 16},
+    "fedktl": {"fit_steps": 5, "server_epochs": 20},
+}
+
 
 def toy_images(labels: np.ndarray, seed: int, size: int = 32, signal: int = 120) -> np.ndarray:
     """uint8 (n, size, size) noise; images of label 1 carry a bright square of `signal` grey levels in one corner."""

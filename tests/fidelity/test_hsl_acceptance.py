@@ -110,7 +110,7 @@ def test_h6_the_next_round_goes_on_from_the_fused_state():
     fused = {k: (states[0][k].double() + states[1][k].double()).div(2).to(states[0][k].dtype) for k in states[0]}
     for site in sites:
         started = []
-        site.method.round_start = lambda model, _, seen=started: seen.append(
+        site.method.round_start = lambda model, *_, seen=started: seen.append(
             {k: v.clone() for k, v in model.state_dict().items()}
         )
         site.train_round(1, fused)

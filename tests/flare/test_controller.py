@@ -397,7 +397,7 @@ def test_what_the_server_remembers_is_in_the_model_file(tmp_path: Path) -> None:
     assert run.reasons == []
     file = load_model(tmp_path / "last_model.pt")
     method = make_method("fedadam", settings, TrainingSettings.from_dict(SMOKE))
-    state, memory = initial_state(method), method.server_memory()
+    state, memory = initial_state(method), method.server_memory(())
     for _ in range(2):
         mean = {key: value + 0.5 if value.is_floating_point() else value for key, value in state.items()}
         state = method.combine(state, mean, memory, 2)

@@ -15,7 +15,7 @@ from heterosync.cli import main
 from heterosync.errors import UserError
 from heterosync.flare import allowlist
 from heterosync.flare.job import all_jobs, build_job, job_name
-from heterosync.flare.job_folder import read_learning
+from heterosync.flare.job_folder import is_swarm, read_learning
 from heterosync.flare.job_options import JobOptions
 from heterosync.methods import method_names
 from segment_toys import smoke
@@ -115,7 +115,7 @@ def test_the_command_writes_the_variants_under_names_of_their_own(tmp_path: Path
     client = json.loads((tmp_path / "hsl_dp/app/config/config_fed_client.json").read_text())
     assert client["task_result_filters"][0]["filters"][0]["args"]["noise"] == 0.5
     assert main(["job", "export", "--all", "--dp-clip", "2", "--out", str(tmp_path / "none")]) == 1
-    assert "personalized sends more than an update" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert "swarm goes from site to site" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 #: Methods that a variant is not for, and why.
@@ -123,9 +123,33 @@ ALONE = dict.fromkeys(("local", "prostate_private", "prostate_finetune"), "keeps
 ALONE["central"] = "is no federation"
 NO_SWARM = dict.fromkeys(("fedbn", "ditto"), "makes a model for each site")
 NO_SWARM |= dict.fromkeys(
-    ("fedopt", "fedadam", "scaffold", "personalized", "splitavg"), "needs a server that does more"
+    (
+        *("fedopt", "fedadam", "scaffold", "personalized", "splitavg"),
+        *("fedppkt", "fedktl", "fedtp", "adafedprox", "fedcome", "feddps", "feddys"),
+    ),
+    "needs a server that does more",
 )
-NO_NOISE = dict.fromkeys(("scaffold", "personalized", "splitavg"), "sends more than an update of what a site received")
+NO_NOISE = {"swarm": "goes from site to site"}
+NO_NOISE |= dict.fromkeys(
+    ("scaffold", "personalized", "splitavg", "fedppkt", "fedktl", "adafedprox", "feddps"),
+    "sends more than an update of what a site received",
+)
+
+
+def test_the_method_swarm_is_fused_by_the_sites_without_being_asked(tmp_path: Path) -> None:
+    training = smoke("swarm")
+    job = build_job("swarm", tmp_path / "swarm", JobOptions(training=training))
+    assert is_swarm(job) and not is_swarm(build_job("fedavg", tmp_path / "star", JobOptions(training=training)))
+    assert job_name("swarm", JobOptions()) == job_name("swarm", JobOptions(topology="swarm")) == "swarm"
+    text = (job / "README.md").read_text()
+    assert "heterosync job export swarm`" in text and "go from site to site and not to the server" in text
+    for option, why in (
+        ({"topology": "star"}, "job option topology: method swarm is fused by the sites: leave it out, or take fedavg"),
+        ({"min_clients": 2}, "a swarm needs every site in every round"),
+        ({"training": {**training, "early_stop": True}}, "a swarm runs all its rounds"),
+    ):
+        with pytest.raises(UserError, match=why):
+            build_job("swarm", tmp_path / "no", JobOptions(**{"training": training, **option}))
 
 
 @pytest.mark.parametrize("name", method_names())

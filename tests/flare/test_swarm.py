@@ -90,11 +90,11 @@ def test_what_went_from_site_to_site_is_on_record_and_on_the_list(run: Simulatio
 
 
 @pytest.mark.slow
-def test_a_swarm_of_sites_of_different_sizes_weighs_as_its_method_does(tmp_path: Path) -> None:
-    """Federated averaging: by the number of training images, 24 and 12."""
+def test_swarm_learning_is_federated_averaging_without_weights_at_the_server(tmp_path: Path) -> None:
+    """By the number of training images, 24 and 12."""
     sites = {"site-a": toy_site(tmp_path / "data/site-a"), "site-b": toy_site(tmp_path / "data/site-b", (10, 10), 1)}
     training = {**SMOKE, "rounds": 1}
-    job = build_job("fedavg", tmp_path / "job", JobOptions(training=training, topology="swarm", in_process=True))
+    job = build_job("swarm", tmp_path / "job", JobOptions(training=training, in_process=True))
     done = simulate(job, tmp_path / "ws", list(sites), tmp_path / "data", timeout=LIMIT, log=None)
     run_inprocess("fedavg", sites, tmp_path / "oracle", training=training)
     theirs = load_model(tmp_path / "oracle" / "last_model.pt").state
@@ -102,6 +102,9 @@ def test_a_swarm_of_sites_of_different_sizes_weighs_as_its_method_does(tmp_path:
         ours = load_model(folder / "last_model.pt").state
         assert list(ours) == list(theirs)
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    server = tmp_path / "ws" / "server"
+    assert server.is_dir() and not list(server.rglob("*.pt"))
+    assert not [p for p in server.rglob("*") if p.is_file() and p.stat().st_size > 2**20]
 
 
 @pytest.mark.slow

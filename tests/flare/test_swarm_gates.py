@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.ccwf.common import Constant
+from nvflare.app_common.ccwf.swarm_client_ctl import SwarmClientController
 
 from flare_toys import answer, fake_context, toy_state
 from heterosync.errors import HeteroSyncError, UserError
@@ -150,6 +152,22 @@ def test_a_round_without_a_site_ends_the_job_and_says_why(tmp_path: Path) -> Non
     assert not aggregator.accept(answer("site-b", {**toy_state(), "w": torch.full((2, 3), float("nan"))}), made)
     with pytest.raises(HeteroSyncError, match="site-b: tensor 'w' holds values that are not finite; site site-c: no"):
         aggregator.aggregate(made)
+
+
+def test_the_fusion_goes_round_among_the_sites(tmp_path: Path) -> None:
+    """FLARE's draw, with what our jobs give it: over 2 K rounds more than one site fuses."""
+    config = json.loads((build_job("swarm", tmp_path / "job") / "app/config/config_fed_client.json").read_text())
+    (args,) = [part["executor"]["args"] for part in config["executors"] if part["tasks"] == ["swarm_*"]]
+    client = SwarmClientController(**args)
+    client.me, client.trainers = "site-a", ["site-a", "site-b", "site-c"]
+    client.aggrs = client.trainers
+    seen: list[str] = []
+    client.set_learn_task = lambda task_data, fl_ctx: True
+    client.send_learn_task = lambda targets, request, fl_ctx: not seen.append(request.get_header(Constant.AGGREGATOR))
+    random.seed(0)
+    for round_ in range(6):
+        assert client._scatter(Shareable(), round_, FLContext())
+    assert len(seen) == 6 and set(seen) == {"site-a", "site-b", "site-c"}
 
 
 def test_a_swarm_is_not_simulated_with_fewer_threads_than_sites(tmp_path: Path) -> None:

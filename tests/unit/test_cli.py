@@ -130,7 +130,10 @@ def test_job_list_gives_one_object_per_method(capsys):
     trained = {name: methods[name]["parameters"] for name in ("no_al", "scaffold", "moon", "ditto")}
     assert list(trained.values()) == [11_177_025, 11_177_025, 11_177_025, 2 * 11_177_025]
     assert main(["job", "list"]) == 0
-    assert "Hu et al." in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    for name, entry in methods.items():  # one line for each, with its group and status
+        (line,) = [line for line in lines if f" {name} " in line and entry["title"] in line]
+        assert entry["group"] in line and entry["status"] in line
 
 
 def test_job_describe_names_settings_and_what_leaves(capsys):
@@ -138,6 +141,11 @@ def test_job_describe_names_settings_and_what_leaves(capsys):
     text = capsys.readouterr().out
     for part in ("23,723,650 parameters", "temperature = 3.0", "rounds = 20", "what leaves a site", "min_clients = 0"):
         assert part in text
+    for part in ("status: corrected: as the source means it", "two-task", "Hu et al.", "keeps nothing"):
+        assert part in text
+    assert "backbone = resnet18  (one of resnet18, resnet_tiny)" in text
+    assert "topology = None  (one of star, swarm)" in text
+    assert "test_partner = self  (one of self, sat_index, sat_mean)" in text
 
 
 @pytest.mark.parametrize("method", ["hsl", "local"])

@@ -13,9 +13,12 @@ import torch
 from core_toys import settings, toy_data, trainer
 from heterosync.errors import UserError
 from heterosync.federation.wire import CHECK_IN, METRICS
-from heterosync.methods import bytes_per_image, bytes_per_round, get_method, make_method, method_names, traffic
-from heterosync.methods.base import COMMON_LEAVES, VOLUME_LEAVES, Method
+from heterosync.methods import GROUPS, bytes_per_round, get_method, make_method, method_names
+from heterosync.methods.base import COMMON_LEAVES, SCALAR_LEAVES, STATUS, VOLUME_LEAVES, Method
+from heterosync.study.method_table import amount, method_facts, methods_page, privacy_class
 from heterosync.training import CLASSIFICATION, SEGMENTATION, LocalTrainer
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_names_and_facts():
@@ -24,8 +27,8 @@ def test_names_and_facts():
     for name in method_names():
         cls = get_method(name)
         assert cls.__bases__ == (Method,)  # depth 1
-        assert cls.status in {"exact", "code-faithful", "corrected", "reconstruction"}
-        assert cls.weighting in {"equal", "samples", "metric", "quality", "none"}
+        assert cls.status in STATUS
+        assert cls.weighting in {"equal", "samples", "metric", "quality", "none", *cls.scalars}
         assert cls.title and cls.citation and cls.leaves
         for item in fields(cls.Settings):
             assert item.metadata["source"]  # every default cites its source
@@ -34,7 +37,7 @@ def test_names_and_facts():
 
 
 def test_what_leaves_is_told_in_full():
-    told = " ".join(COMMON_LEAVES + VOLUME_LEAVES)
+    told = " ".join((*COMMON_LEAVES, *VOLUME_LEAVES, *SCALAR_LEAVES.values()))
     for name in (METRICS | set(CHECK_IN)) - {"site"}:
         assert re.search(rf"\b{name}\b", told), name  # whatever the allow-list lets pass is in the text
     assert next(line for line in COMMON_LEAVES if "n_positive" in line).startswith("W2")
@@ -51,24 +54,41 @@ def test_every_score_of_a_task_may_leave():
         assert task.metric in task.averaged
 
 
-def readme_row(name: str) -> str:
-    """The line of a method in the README's table."""
-    method = make_method(name)
-    size = bytes_per_round(method, method.build_model(weights="none")) / 2**20
-    sent = f"{size:.1f} MiB" if size else "nothing"
-    if method.split:
-        image = bytes_per_image(method, method.build_model(weights="none"))
-        sent = f"{image / 2**20:.2f} MiB per image and epoch"
-    assert traffic(method, method.build_model(weights="none")) == sent
-    model = "each site's own" if method.personal else "one for all"
-    cells = (f"`{name}`", method.title, method.citation, method.weighting, model, sent, method.status)
-    return f"| {' | '.join(cells)} |"
+def test_the_page_of_methods_is_what_the_code_says():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page == methods_page(), "run `heterosync job table --out docs/methods.md`"
+    for name in method_names():
+        assert page.count(f"| `{name}` |") == 2 and f"- `{name}`: " in page  # what it does, what it costs, what leaves
 
 
-def test_the_readme_lists_every_method():
-    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
-    table = [line for line in lines if re.match(r"\| `[a-z_]+` \| .* MiB|\| `[a-z_]+` \| .*\| nothing", line)]
-    assert table == [readme_row(name) for name in method_names()]
+def test_the_readme_names_every_method_in_its_group():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if re.match(r"\| [A-Za-z0-9 ]+ \| `", line)]
+    expected = {group: ", ".join(f"`{method.name}`" for method in methods) for group, methods in GROUPS.items()}
+    assert table == [f"| {group} | {names} |" for group, names in expected.items() if names]
+
+
+def test_amounts_in_words():
+    assert [amount(size) for size in (0, 12, 2048, 50_000, 60_000, 44_000_000)] == [
+        "nothing",
+        "12 bytes",
+        "2.0 KiB",
+        "48.8 KiB",
+        "0.1 MiB",
+        "42.0 MiB",
+    ]
+
+
+def test_classes_and_costs_of_some():
+    facts = {name: method_facts(name) for name in ("fedavg", "fedbn", "local", "splitavg")}
+    assert {name: privacy_class(f) for name, f in facts.items()} == {
+        "fedavg": "W1",
+        "fedbn": "W1",
+        "local": "W0",
+        "splitavg": "W3",
+    }
+    full = bytes_per_round(make_method("fedavg"), make_method("fedavg").build_model("none"))
+    assert facts["fedbn"]["bytes_received"] + facts["fedbn"]["bytes_kept"] == full == facts["local"]["bytes_kept"]
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -124,7 +144,7 @@ class Frozen(Method):
     def shared_names(self, model):
         return tuple(name for name in model.state_dict() if not name.startswith("net.fc."))
 
-    def round_start(self, model, received):
+    def round_start(self, model, received, examples):
         self.received = {name: received[name] for name, _ in model.named_parameters() if name in received}
 
     def loss(self, model, batch):
@@ -158,7 +178,7 @@ def test_a_new_method_needs_one_small_class(tmp_path):
     again.restore()
     assert torch.equal(again.model.state_dict()["net.fc.weight"], head)  # personal tensors survive a restart
     seen = []
-    again.method.round_start = lambda model, received: seen.append(model.state_dict()["net.fc.weight"].clone())
+    again.method.round_start = lambda model, *_: seen.append(model.state_dict()["net.fc.weight"].clone())
     again.train_round(1, shared)
     assert torch.equal(seen[0], head)  # and the next round goes on with them
     again.train_round(1, {k: v + 0.01 if v.is_floating_point() else v for k, v in shared.items()})

@@ -203,7 +203,7 @@ WRONG = {
         {"methods": [{"method": "fedavg", "variant": "equal_steps"}]},
         "the name that a switch gives",
     ),
-    "no anchor for hsl": ({"source": {"path": "x.npz"}}, "hsl needs an anchor task", "synthetic"),
+    "no anchor for hsl": ({"source": {"path": "x.npz"}}, "hsl needs an anchor pack", "synthetic"),
     "no anchor to count by": (
         {"source": {"path": "x.npz"}, "methods": ["fedavg"], "match_steps": "both"},
         "match_steps",
@@ -213,6 +213,11 @@ WRONG = {
         {"anchor": {"table": "sat-rsna", "sources": {"rsna": "x"}}},
         "would not be read",
         "leave out sources",
+    ),
+    "an unknown control of the anchor": (
+        {"anchor": {"kind": "synthetic", "control": "noise_pixel"}},
+        "anchor, control is 'noise_pixel'",
+        "did you mean 'noise_pixels'",
     ),
     "a scale of zero": ({"scale": 0}, "number above 0"),
     "an unknown key of the source": ({"source": {"path": "x", "posative": "1"}}, "did you mean 'positive'"),

@@ -317,7 +317,7 @@ def test_a_round_starts_from_the_received_state():  # nothing is re-initialised
     mine = trainer()
     mine.train_round(0)
     seen = []
-    mine.method.round_start = lambda model, received: seen.append(request_digest(model.state_dict()))
+    mine.method.round_start = lambda model, *_: seen.append(request_digest(model.state_dict()))
     result = mine.train_round(1, shared)
     assert seen == [request_digest(shared)]
     assert result.metrics["val_auc_received"] == pytest.approx(mine.evaluate("validation", shared).metrics["auc"])

@@ -59,6 +59,11 @@ def register(commands: Any) -> None:
     parser.add_argument("--per-class", type=positive, default=500, metavar="N", help="images per class (default: 500)")
     parser.add_argument("--name", help="name of the pack (default: made of the source and the classes)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the draw (default: 0)")
+    parser.add_argument(
+        "--control",
+        choices=("shuffled_labels", "noise_pixels"),
+        help="take away what can be learnt, to see what an anchor task is worth (docs/anchor.md)",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
 
     register_scenario(group)
@@ -117,13 +122,15 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _anchor(arguments: argparse.Namespace) -> None:
     from heterosync.data.anchor import write_anchor
+    from heterosync.data.anchor_controls import controlled
     from heterosync.data.scenario_plan import draw_balanced
 
     collection = draw_balanced(open_source(arguments), arguments.per_class, arguments.seed)
     negative, positive = collection.classes
     name = arguments.name or f"{collection.name}: {negative} or {positive}"
-    images = [collection.image(row) for row in range(len(collection))]
-    digest = write_anchor(arguments.out, images, collection.labels, name, negative, positive)
+    pictures = [collection.image(row) for row in range(len(collection))]
+    images, labels, name = controlled(pictures, collection.labels, name, arguments.control, arguments.seed)
+    digest = write_anchor(arguments.out, images, labels, name, negative, positive)
     print(f"{arguments.out} written: {len(images)} images, 1:1, digest {digest}")
 
 

@@ -20,6 +20,15 @@ def register(commands: Any) -> None:
 
     parser = add_command(
         group,
+        "table",
+        "write docs/methods.md: what every method does, sends, keeps and costs",
+        _table,
+        "heterosync job table --out docs/methods.md",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: print it")
+
+    parser = add_command(
+        group,
         "describe",
         "tell what one method does, what leaves a site and what can be set",
         _describe,
@@ -81,47 +90,28 @@ def register(commands: Any) -> None:
     )
 
 
-def method_facts(name: str) -> dict[str, Any]:
-    """What `job list --json` says about a method; `bytes_per_round` is what one site sends at the default settings, and
-    `bytes_per_image`, where the network is cut, what it sends for each image in each epoch."""
-    from heterosync.methods import bytes_per_image, bytes_per_round, make_method
-
-    method = make_method(name)
-    model = method.build_model(weights="none")
-    return {
-        "name": method.name,
-        "title": method.title,
-        "status": method.status,
-        "citation": method.citation,
-        "leaves_a_site": list(method.leaves),
-        "bytes_per_round": bytes_per_round(method, model),
-        "bytes_per_image": bytes_per_image(method, model),
-        "tensors_per_round": len(method.returned_names(model)),
-        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "weighting": method.weighting,
-        "personal": method.personal,
-        "uses_anchor": method.uses_anchor,
-    }
-
-
-def _size(facts: dict[str, Any]) -> str:
-    if facts["bytes_per_image"]:
-        return f"{facts['bytes_per_image'] / 1024**2:.2f} MiB per image and epoch"
-    return f"{facts['bytes_per_round'] / 1024**2:.1f} MiB" if facts["bytes_per_round"] else "no weights"
-
-
 def _list(arguments: argparse.Namespace) -> None:
     from heterosync.methods import method_names
+    from heterosync.study.method_table import method_facts, sent
     from heterosync.study.table import text_table
 
-    facts = [method_facts(name) for name in method_names()]
+    facts = [dict(method_facts(name)) for name in method_names()]
     if arguments.json:
         show(facts)
         return
-    rows = [[f["name"], f["title"], f["status"], _size(f)] for f in facts]
-    print(text_table(["name", "method", "status", "leaves per round and site"], rows))
-    for f in facts:
-        print(f"\n{f['name']}: {f['citation']}\n  leaves a site: " + "; ".join(f["leaves_a_site"]))
+    rows = [[f["name"], f["title"], f["status"], sent(f), f["group"]] for f in facts]
+    print(text_table(["name", "method", "status", "sent per site and round", "group"], rows))
+    print("\nmore of one: heterosync job describe NAME; of all: docs/methods.md")
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from heterosync.files import write_text
+    from heterosync.study.method_table import methods_page
+
+    if arguments.out is None:
+        print(methods_page(), end="")
+    else:
+        print(write_text(arguments.out, methods_page()))
 
 
 def _settings_of(name: str) -> dict[str, dict[str, Any]]:
@@ -147,28 +137,49 @@ def _idle_settings(name: str) -> dict[str, str]:
     return idle if method.uses_anchor else {**idle, "anchors_may_differ": "an anchor task"}
 
 
+def _choices(name: str) -> dict[str, list[str]]:
+    """Settings that take one of a few words: name -> the words."""
+    from dataclasses import fields
+
+    from heterosync.flare.job_options import TOPOLOGIES
+    from heterosync.methods import make_method
+
+    method = make_method(name)
+    known = [item for settings in (method.settings, method.training) for item in fields(settings)]
+    found = {item.name: list(item.metadata["choices"]) for item in known if item.metadata.get("choices")}
+    return {**found, "topology": list(TOPOLOGIES)}
+
+
 def _describe(arguments: argparse.Namespace) -> None:
-    facts = method_facts(arguments.method)
+    from heterosync.methods.base import STATUS
+    from heterosync.study.method_table import amount, method_facts, sent
+
+    facts = dict(method_facts(arguments.method))
     facts["settings"] = _settings_of(arguments.method)
     facts["settings_that_count_only_with"] = idle = _idle_settings(arguments.method)
+    facts["settings_with_choices"] = choices = _choices(arguments.method)
     if arguments.json:
         show(facts)
         return
-    print(f"{facts['title']} ({facts['name']}), {facts['status']}")
-    print(facts["citation"])
+    print(f"{facts['title']} ({facts['name']})\n{facts['does']}")
+    print(f"status: {facts['status']}: {STATUS[facts['status']]}\nsource: {facts['citation']}")
     print(f"\nmodel: {facts['parameters']:,} parameters; anchor task: {'yes' if facts['uses_anchor'] else 'no'}")
     print(f"weights of the sites are combined: {facts['weighting']}")
     if facts["bytes_per_image"]:
-        print(f"one site sends: {_size(facts)}, as activations (privacy class W3), and gets as much back as gradients")
+        print(f"one site sends: {sent(facts)}, as activations (privacy class W3), and gets as much back as gradients")
     else:
-        print(f"one site sends per round: {_size(facts)} in {facts['tensors_per_round']} tensors")
+        print(f"one site sends per round: {sent(facts)} in {facts['tensors_per_round']} tensors")
+    kept = {"a site": facts["bytes_kept"], "the server, with five sites": facts["server_bytes"]}
+    print("; ".join(f"{who} keeps {amount(size)}" for who, size in kept.items()))
     print("\nwhat leaves a site:")
     for line in facts["leaves_a_site"]:
         print(f"  - {line}")
     for kind, values in facts["settings"].items():
         print(f"\nsettings of the {kind} (defaults; change with --set name=value):")
         for key, value in values.items():
-            print(f"  {key} = {value}" + (f"  (counts only with {idle[key]})" if key in idle else ""))
+            notes = [f"one of {', '.join(choices[key])}"] if key in choices else []
+            notes += [f"counts only with {idle[key]}"] if key in idle else []
+            print(f"  {key} = {value}" + (f"  ({'; '.join(notes)})" if notes else ""))
 
 
 def job_options(name: str, settings: dict[str, Any]) -> Any:

@@ -24,9 +24,10 @@ class Simulator:
 
     def train(self, task: Task, say: Callable[[str], None]) -> Trained:
         """Simulate the job, or what an interrupted simulation left of it."""
-        from heterosync.federation.modelfile import OWN_BEST
+        from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL, OWN_BEST
         from heterosync.federation.results import RUN
         from heterosync.federation.trainings import SERVER
+        from heterosync.files import link_file
         from heterosync.flare.collect import status_of
         from heterosync.flare.job import JobOptions, build_job
         from heterosync.flare.segments import segment_job
@@ -53,6 +54,10 @@ class Simulator:
         kept = {site: beside / site if beside.exists() else workspace / site / "trainings" for site in task.sites}
         own = {site: folder / JOB_ID / OWN_BEST for site, folder in kept.items()}
         results = {site: workspace / site / JOB_ID / "heterosync" / "results" for site in task.sites}
+        for name in (LAST_MODEL, BEST_MODEL):  # a swarm's server has none, and its sites have the same
+            at_sites = [file for site in task.sites if (file := workspace / site / JOB_ID / name).exists()]
+            if at_sites and not (workspace / "results" / name).exists():
+                link_file(at_sites[0], workspace / "results" / name)
         return Trained(
             workspace / "results",
             {site: folder / "predictions.csv" for site, folder in results.items()},

@@ -115,12 +115,14 @@ def anchor_digest(folder: Path | str) -> str:
     return pack.digest
 
 
-def load_anchor(folder: Path | str, image_size: int, channels: int = 3, cache: Path | None = None) -> Images:
+def load_anchor(
+    folder: Path | str, image_size: int, channels: int = 3, cache: Path | None = None, fit: str = "stretch"
+) -> Images:
     """The pack's pictures at `image_size`, in the order of the digest: the same order at every site.
 
     `folder` is the pack itself, `cache` a folder for the decoded pictures (None: decode). Raises `ProblemList`.
     """
-    pack, problems = inspect_anchor(Path(folder), image_size, channels, cache)
+    pack, problems = inspect_anchor(Path(folder), image_size, channels, cache, fit)
     if problems or pack is None or pack.images is None:
         raise ProblemList(problems)
     return pack.images
@@ -137,7 +139,7 @@ class AnchorPack:
 
 
 def inspect_anchor(
-    folder: Path, image_size: int | None, channels: int = 3, cache: Path | None = None
+    folder: Path, image_size: int | None, channels: int = 3, cache: Path | None = None, fit: str = "stretch"
 ) -> tuple[AnchorPack | None, list[str]]:
     """Read and check a pack: the pack, or None and one line for each problem."""
     if not folder.is_dir():
@@ -149,7 +151,7 @@ def inspect_anchor(
         return None, error.problems
     except UserError as error:
         return None, [str(error)]
-    decoded = load_pictures(folder, names, image_size, channels, root=cache, task="anchor")
+    decoded = load_pictures(folder, names, image_size, channels, root=cache, task="anchor", fit=fit)
     problems = [f"anchor/{text}" for _, text in sorted(decoded.errors.items())]
     problems += [f"anchor: {problem}" for problem in _count_problems(labels, info.balanced)]
     if problems:

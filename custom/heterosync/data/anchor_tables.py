@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heterosync.data.anchor import write_anchor
+from heterosync.data.anchor_controls import controlled
 from heterosync.data.collection import Collection
 from heterosync.data.readers import to_size
 from heterosync.data.scenario_plan import draw_counts
@@ -128,11 +129,12 @@ def write_anchors(
     open_source: Callable[[AnchorRow], Collection],
     seed: int = 0,
     size: int | None = None,
+    control: str | None = None,
 ) -> dict[str, Path]:
     """Write each different pack once, below `folder`; returns the pack of each site.
 
     open_source: the images of a row's source with its two labels. size: pixels of a side to which the images are
-    brought (None: as they are; a thousand full radiographs are gigabytes).
+    brought (None: as they are; a thousand full radiographs are gigabytes). control: one of `CONTROLS`.
     Raises `UserError` when a source has too few images of a class.
     """
     packs: dict[AnchorRow, Path] = {}
@@ -146,7 +148,8 @@ def write_anchors(
         if size is not None:
             images = [to_size(image, size, 1 if image.ndim == 2 else 3).transpose(1, 2, 0) for image in images]
         name = f"{drawn.name}: {drawn.classes[0]} or {drawn.classes[1]}"
+        images, labels, name = controlled(images, drawn.labels, name, control, seed)
         packs[row] = folder / f"anchor-{len(packs)}"
         balanced = row.counts[0] == row.counts[1]
-        write_anchor(packs[row], images, drawn.labels, name, *drawn.classes, balanced=balanced)
+        write_anchor(packs[row], images, labels, name, *drawn.classes, balanced=balanced)
     return {site: packs[row] for site, row in rows.items()}

@@ -69,21 +69,23 @@ def load_pictures(
     root: Path | None = None,
     task: str = "primary",
     threads: int | None = None,
+    fit: str = "stretch",
 ) -> Decoded:
-    """The pictures `names` of `folder` at `size`, from the cache at `root` or else decoded and kept there.
+    """The pictures `names` of `folder` at `size`, fitted as by `to_size`, from the cache at `root` or else decoded and
+    kept there.
 
     `root` None keeps nothing; `size` None only reads and hashes every picture. Never raises for a bad picture:
     each is reported in `errors`.
     """
     if not names or size is None or root is None:
-        return Decoding(folder, names, size, channels, window, threads).in_memory()
-    cache = _Cache(root, task, folder, names, size, channels, window)
+        return Decoding(folder, names, size, channels, window, threads, fit).in_memory()
+    cache = _Cache(root, task, folder, names, size, channels, window, fit)
     found = cache.open()
     if found is None:
         with _locked(root):
             found = cache.open()  # another process may have made it meanwhile
             if found is None:
-                found = cache.build(Decoding(folder, names, size, channels, window, threads))
+                found = cache.build(Decoding(folder, names, size, channels, window, threads, fit))
     return found
 
 
@@ -91,10 +93,18 @@ class _Cache:
     """The cache of one task at one preprocessing."""
 
     def __init__(
-        self, root: Path, task: str, folder: Path, names: Sequence[str], size: int, channels: int, window: Window | None
+        self,
+        root: Path,
+        task: str,
+        folder: Path,
+        names: Sequence[str],
+        size: int,
+        channels: int,
+        window: Window | None,
+        fit: str,
     ):
         self.root, self.folder, self.names = root, folder, list(names)
-        self.preprocessing = [VERSION, size, channels, window, PIL.__version__, np.__version__]
+        self.preprocessing = [VERSION, size, channels, window, fit, PIL.__version__, np.__version__]
         self.frame = (channels, size, size)
         self.stem = f"{task}-{size}x{channels}-{_digest(self.preprocessing)[:12]}"
         self.index = root / f"{self.stem}.json"

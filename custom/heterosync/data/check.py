@@ -49,7 +49,12 @@ def check_site(
 
 
 def inspect_site(
-    folder: Path | str, image_size: int | None, channels: int = 3, need_anchor: bool = True, cache: Path | None = None
+    folder: Path | str,
+    image_size: int | None,
+    channels: int = 3,
+    need_anchor: bool = True,
+    cache: Path | None = None,
+    fit: str = "stretch",
 ) -> Inspection:
     """Read and check everything of a site folder that training needs; writes only to the cache."""
     folder = Path(folder)
@@ -66,9 +71,9 @@ def inspect_site(
         return found
     found.config, found.problems = parse_site_config(folder)
     root = cache_root(folder, cache) if image_size is not None else None
-    _inspect_primary(folder, found, found.config, image_size, channels, root)
+    _inspect_primary(folder, found, found.config, image_size, channels, root, fit)
     if need_anchor:
-        found.anchor, problems = inspect_anchor(folder / "anchor", image_size, channels, root)
+        found.anchor, problems = inspect_anchor(folder / "anchor", image_size, channels, root, fit)
         found.problems += problems
     if found.anchor is not None:
         public = dict(zip(found.anchor.content, range(len(found.anchor.content)), strict=True))
@@ -131,7 +136,13 @@ def _ranges(rows: Sequence[int]) -> str:
 
 
 def _inspect_primary(
-    folder: Path, found: Inspection, config: SiteConfig, image_size: int | None, channels: int, root: Path | None
+    folder: Path,
+    found: Inspection,
+    config: SiteConfig,
+    image_size: int | None,
+    channels: int,
+    root: Path | None,
+    fit: str,
 ) -> None:
     parsed, problems = parse_manifest(folder, config)
     first: dict[str, Row] = {}
@@ -144,7 +155,9 @@ def _inspect_primary(
             first[row.image] = row
     found.rows = list(first.values())
     names = [row.image for row in found.rows]
-    found.pictures = load_pictures(folder, names, image_size, channels, config.window, root, threads=config.threads)
+    found.pictures = load_pictures(
+        folder, names, image_size, channels, config.window, root, threads=config.threads, fit=fit
+    )
     by_row += [(found.rows[row].line, text) for row, text in found.pictures.errors.items()]
     labelled = any(config.labels)  # without, no class can be told from the other
     if not problems and not by_row and labelled:

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SiteData:
     """`labels` are the names of the negative and the positive class; `splits` gives ascending row numbers of `primary`
-    (int64) for train, validation and test; `anchor` and its digest are None where the method needs none."""
+    (int64) for train, validation and test; `anchor` and its digest are None where the method needs none; `cache` is
+    where what is made of the pictures may be kept, None where nothing can be."""
 
     labels: tuple[str, str]
     primary: Images
@@ -32,17 +33,24 @@ class SiteData:
     anchor: Images | None
     anchor_digest: str | None
     config: SiteConfig
+    cache: Path | None = None
 
 
 def load_site(
-    folder: Path | str, image_size: int, channels: int = 3, need_anchor: bool = True, cache: Path | None = None
+    folder: Path | str,
+    image_size: int,
+    channels: int = 3,
+    need_anchor: bool = True,
+    cache: Path | None = None,
+    fit: str = "stretch",
 ) -> SiteData:
-    """Check a site folder and load its pictures at `image_size`; `cache` overrides where decoded pictures are kept.
+    """Check a site folder and load its pictures at `image_size`; `cache` overrides where decoded pictures are kept,
+    `fit` is that of `to_size`.
 
     The splits are drawn at the first call and kept in `splits.csv`. Raises `ProblemList` with every problem found.
     """
     folder = Path(folder)
-    found = inspect_site(folder, image_size, channels, need_anchor, cache)
+    found = inspect_site(folder, image_size, channels, need_anchor, cache, fit)
     if found.problems or found.config is None or found.pictures is None or found.pictures.pixels is None:
         raise ProblemList(found.problems)
     if not found.rows[0].split:
@@ -60,6 +68,7 @@ def load_site(
         anchor=found.anchor.images if found.anchor else None,
         anchor_digest=found.anchor.digest if found.anchor else None,
         config=found.config,
+        cache=cache_root(folder, cache),
     )
 
 

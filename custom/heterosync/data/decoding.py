@@ -42,8 +42,9 @@ class Decoding:
         channels: int,
         window: Window | None,
         threads: int | None,
+        fit: str = "stretch",
     ):
-        self.names, self.size, self.channels = names, size, channels
+        self.names, self.size, self.channels, self.fit = names, size, channels, fit
         self.threads = threads or min(8, os.cpu_count() or 1)
         self.reader = ImageReader(folder, window)
         self.known: dict[int, tuple[np.ndarray, str]] = {}  # rows that need no decoding: pixels and content
@@ -91,4 +92,5 @@ class Decoding:
         image = self._read(row) if image is None else image
         if isinstance(image, str):
             return row, image
-        return row, (None if self.size is None else to_size(image, self.size, self.channels), content_hash(image))
+        picture = None if self.size is None else to_size(image, self.size, self.channels, self.fit)
+        return row, (picture, content_hash(image))

@@ -15,7 +15,11 @@ from heterosync.errors import ProblemList, UserError
 
 
 def load_pool(
-    folders: Path | str | Mapping[str, Path | str], image_size: int, channels: int = 3, need_anchor: bool = False
+    folders: Path | str | Mapping[str, Path | str],
+    image_size: int,
+    channels: int = 3,
+    need_anchor: bool = False,
+    fit: str = "stretch",
 ) -> SiteData:
     """The union of sites, split by split, all pictures in memory; ids are `<site>/<id of that site>`.
 
@@ -27,7 +31,7 @@ def load_pool(
     if not isinstance(folders, Mapping):
         base = Path(folders)
         if (base / CONFIG).is_file():
-            return load_site(base, image_size, channels, need_anchor)
+            return load_site(base, image_size, channels, need_anchor, fit=fit)
         folders = {path.parent.name: path.parent for path in sorted(base.glob(f"*/{CONFIG}"))}
         folders.pop(UNSEEN, None)
         if not folders:
@@ -36,7 +40,7 @@ def load_pool(
     problems: list[str] = []
     for name in sorted(folders):
         try:
-            sites[name] = load_site(folders[name], image_size, channels, need_anchor)
+            sites[name] = load_site(folders[name], image_size, channels, need_anchor, fit=fit)
         except UserError as error:
             problems += [f"{name}: {line}" for line in str(error).splitlines()]
     first = next(iter(sites.values()), None)

@@ -115,13 +115,20 @@ def _read_nifti(path: Path) -> np.ndarray:
     return np.flip(canonical).squeeze().T
 
 
-def to_size(image: np.ndarray, size: int, channels: int = 3) -> np.ndarray:
-    """A uint8 picture as uint8 (channels, size, size): bicubic, aspect ratio not kept (the paper and its code)."""
+def to_size(image: np.ndarray, size: int, channels: int = 3, fit: str = "stretch") -> np.ndarray:
+    """A uint8 picture as uint8 (channels, size, size): bicubic; aspect ratio not kept (the paper and its code), or with
+    `fit` "crop" the shorter side to `size` and the middle of the longer one (Radford et al., ICML 2021, official code).
+    """
     picture = Image.fromarray(image)
     if channels == 1:
         picture = picture.convert("L")
     if picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        width, height = picture.size
+        short = min(picture.size) if fit == "crop" else None
+        wanted = (size * width // short, size * height // short) if short else (size, size)
+        picture = picture.resize(wanted, Image.Resampling.BICUBIC)
+        left, top = (round((side - size) / 2) for side in wanted)
+        picture = picture.crop((left, top, left + size, top + size))
     pixels = np.asarray(picture)
     if pixels.ndim == 2:
         return np.repeat(pixels[None], channels, axis=0)

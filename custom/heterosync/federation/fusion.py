@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from heterosync.federation.contribution import Contribution
 from heterosync.federation.tensorfile import TensorFile, as_array
 from heterosync.federation.wire import signature
 from heterosync.files import make_folder
+from heterosync.methods.answer import Answer
 
 #: Weighting -> which of a round's two validation scores it goes by.
 SCORED = {"metric": "best", "quality": "received"}
@@ -35,6 +37,7 @@ class Fusion:
     reference: name -> tensor, numpy array or (shape, type) pair; every contribution must have exactly these.
     weighting: "equal" (paper equation 1), "samples" (n_k / n), "metric" and "quality" (s_k / s, where s_k is the scalar
     `metric` that site k reports; equal where all of them are 0), "none" (contributions carry metrics only).
+    needed: scalars without which a contribution does not count.
     spill: a folder; contributions then wait on disk, so that memory does not grow with the number of sites. The files
     are written over in the next round and deleted with this object.
 
@@ -48,11 +51,12 @@ class Fusion:
         method: str,
         spill: Path | None = None,
         metric: str = "",
+        needed: Collection[str] = (),
     ):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting '{weighting}' is not one of {WEIGHTINGS}")
         self.reference = {name: signature(value) for name, value in reference.items()}
-        self.weighting, self.method, self._metric = weighting, method, metric
+        self.weighting, self.method, self._metric, self._needed = weighting, method, metric, needed
         self.refused: dict[str, str] = {}
         self._spill = make_folder(spill) if spill is not None else None
         if spill is not None:
@@ -61,6 +65,7 @@ class Fusion:
         self._lock = threading.Lock()  # answers may come in on several threads
         self._round = -1
         self._weights: dict[str, float] = {}  # of the sites accepted in this round
+        self._reports: dict[str, tuple[int, dict[str, float]]] = {}  # the same: training images, scalars
         self._held: dict[str, _Kept | TensorFile] = {}
         self._wrap: Callable[[str, np.ndarray], Any] = _container({})
 
@@ -69,7 +74,7 @@ class Fusion:
         with self._lock:
             self._held = {}
             self._round = round_
-            self._weights = {}
+            self._weights, self._reports = {}, {}
             self.refused = {}
 
     @property
@@ -93,29 +98,52 @@ class Fusion:
             else:
                 self._held[site] = TensorFile(self._spill / f"{len(self._held)}.contribution").write(arrays)
             self._weights[site] = self._weight(contribution)
+            self._reports[site] = int(contribution.samples), dict(contribution.metrics)
 
     def result(self) -> dict[str, Any]:
         """The fused state, in the containers that came in (torch or numpy). The contributions are dropped."""
         with self._lock:
-            if not self._held:
-                raise HeteroSyncError(f"round {self._round}: no contribution to fuse")
-            sites = sorted(self._held)
-            weights = [self._weights[site] for site in sites]
-            if not any(weights):
-                weights = [1.0] * len(sites)
-            parts = [self._held[site] for site in sites]
+            weights = self._shares()
+            parts = [self._held[site] for site in weights]
             fused = {
-                name: self._wrap(name, _mean(parts, weights, name, shape, dtype))
+                name: self._wrap(name, _mean(parts, [*weights.values()], name, shape, dtype))
                 for name, (shape, dtype) in self.reference.items()
             }
             self._held = {}
             return fused
+
+    def answers(self) -> dict[str, Answer]:
+        """Each site's contribution, in name order, for a method that does not take the mean; read while it waits here,
+        which is until `drop`."""
+        with self._lock:
+            shares = self._shares()
+            total, names = sum(shares.values()), tuple(self.reference)
+            return {
+                site: Answer(*self._reports[site], share / total, share, names, partial(self._read, self._held[site]))
+                for site, share in shares.items()
+            }
+
+    def drop(self) -> None:
+        """Let the contributions of the round go."""
+        with self._lock:
+            self._held = {}
 
     def close(self) -> None:
         """Delete the files of the contributions; happens by itself when the object goes."""
         self._held = {}
         if self._spill is not None:
             _empty(self._spill)
+
+    def _shares(self) -> dict[str, float]:
+        """Weights of the sites that contributed, in name order, not divided by their sum."""
+        if not self._held:
+            raise HeteroSyncError(f"round {self._round}: no contribution to fuse")
+        weights = {site: self._weights[site] for site in sorted(self._held)}
+        return weights if any(weights.values()) else dict.fromkeys(weights, 1.0)
+
+    def _read(self, held: _Kept | TensorFile, name: str) -> torch.Tensor:
+        shape, _ = self.reference[name]
+        return torch.from_numpy(np.array(held.part(name, 0, math.prod(shape))).reshape(shape))
 
     def _weight(self, contribution: Contribution) -> float:
         if self.weighting == "samples":
@@ -139,6 +167,9 @@ class Fusion:
             raise refuse(f"it reports no {self._metric}, by which sites are weighed here")
         if not 0 <= score < math.inf:  # also false for NaN
             raise refuse(f"its {self._metric} is {score}, by which sites are weighed here: it must be 0 or more")
+        for name in self._needed:
+            if name not in contribution.metrics:
+                raise refuse(f"it reports no {name}, which this method goes by")
         for name in self.reference:
             if name not in contribution.tensors:
                 raise refuse(f"tensor '{name}' is missing")

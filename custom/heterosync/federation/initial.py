@@ -26,15 +26,18 @@ def initial_weights(method: str, training: Mapping[str, Any] | None) -> str | No
     """
     if get_method(method).weighting == "none":
         return None
-    task = get_method(method).task
-    return task.initial_weights(task.Settings.from_dict(training))
+    return get_method(method).first_weights(get_method(method).task.Settings.from_dict(training))
 
 
 def own_weights(method: Method, model: nn.Module) -> str | None:
-    """What a site's own first weights are; None where every tensor of `model` comes from the server."""
+    """What a site's own first weights are, or what its network of `Method.provisioned` is; None where every tensor of
+    `model` comes from the server."""
+    provisioned = method.provisioned()
+    if provisioned is not None:
+        return provisioned
     if set(method.shared_names(model)) == set(model.state_dict()):
         return None
-    return method.task.initial_weights(method.training)
+    return method.first_weights(method.training)
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

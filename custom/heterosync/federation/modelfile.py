@@ -22,6 +22,8 @@ FORMAT = "heterosync model 1"
 LAST_MODEL, BEST_MODEL = "last_model.pt", "best_model.pt"
 #: name of the first weights in a model file's `versions`
 INITIAL_WEIGHTS = "initial_weights"
+#: Before the names of the server's tensors among the assets of a model file.
+PREFIX = "server."
 #: A site's own best model in its work folder.
 OWN_BEST = "own_best.pt"
 
@@ -51,8 +53,9 @@ class ModelFile:
         method, model = self._made()
         own, shared = set(model.state_dict()), set(method.shared_names(model))
         expected = shared or own  # a model that never leaves its site is whole
-        if method.personal and shared != own:
-            if set(self.state) == shared:
+        if method.personal:
+            of_server = shared != own or any(name.startswith(PREFIX) for name in self.assets)
+            if shared and set(self.state) == shared and of_server:
                 raise UserError(f"{self._name()}: it is only what the sites share: take a site's own {OWN_BEST}")
             expected = own
         self._check(model, expected)
@@ -152,9 +155,9 @@ def keep_as_best(folder: Path) -> None:
 
 def _made_here(method: str, training: Mapping[str, Any]) -> dict[str, str]:
     """What made a model, and from which weights it started (see `resolved_weights`; "unknown": they are not here)."""
-    task = get_method(method).task
+    made = get_method(method)
     try:
-        weights = task.initial_weights(task.Settings.from_dict(training))
+        weights = made.first_weights(made.task.Settings.from_dict(training))
     except UserError:
         weights = "unknown"
     return {"heterosync": __version__, "torch": str(torch.__version__), INITIAL_WEIGHTS: weights}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heterosync.files import make_folder, read_json, write_json, write_text
-from heterosync.training.task import Outcome
+from heterosync.training.examples import Outcome
 
 
 def write_predictions(folder: Path, site: str, columns: Sequence[str], result: Outcome, split: str, model: str) -> None:

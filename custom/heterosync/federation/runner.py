@@ -174,7 +174,7 @@ class _Run:
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     def _rounds(self, state: dict[str, Tensor], stop: Callable[[int], bool] | None) -> tuple[dict[str, Tensor], str]:
-        policy = WirePolicy(self.method.name, {} if self.method.split else state)
+        policy = WirePolicy(self.method.name, self.server.fusion.reference)
         while self.done < self.training.rounds and not self.board.should_stop:
             if stop is not None and stop(self.done):
                 return state, "stopped: on request"
@@ -212,7 +212,7 @@ class _Run:
         """Train the sites, one after the other or, where the network is cut, in step; `exchanged` gets its bytes."""
         tail = self.server.tail
         if tail is None:
-            yield from ((name, site.train(round_, state)) for name, site in self.sites.items())
+            yield from ((name, site.train(round_, self.server.for_site(name))) for name, site in self.sites.items())
             return
         exchange, items = Exchange(list(self.sites), tail.answer), tail.items
 
@@ -229,24 +229,30 @@ class _Run:
 
     def _evaluate(self, state: dict[str, Tensor]) -> None:
         if not self.shares:
-            self._test(OWN_MODEL, None)
+            self._test(OWN_MODEL, lambda site: None)
             return
         metric = self.method.task.metric
-        scores = {name: site.validate(state, "validation", "last").get(metric) for name, site in self.sites.items()}
+
+        def last(site: str) -> dict[str, Tensor]:
+            return self.server.for_site(site, state)
+
+        scores = {
+            name: site.validate(last(name), "validation", "last").get(metric) for name, site in self.sites.items()
+        }
         self.recorder.validation(self.done, scores)
         if self.board.add(self.done, scores):
             keep_as_best(self.out)
         self.recorder.note(best_round=self.board.best, plateau_round=self.board.plateau)
         if self.method.personal:
-            self._test(OWN_MODEL, None)
+            self._test(OWN_MODEL, lambda site: None)
         else:
             best = load_model(self.out / BEST_MODEL)
-            self._test("best", best.state, best.round)
-        self._test("last", state, self.done)
+            self._test("best", lambda site: self.server.for_site(site, best.state, memory_of(best.assets)), best.round)
+        self._test("last", last, self.done)
 
-    def _test(self, model: str, state: dict[str, Tensor] | None, rounds: int = 0) -> None:
+    def _test(self, model: str, state: Callable[[str], dict[str, Tensor] | None], rounds: int = 0) -> None:
         for name, site in self.testers.items():
-            metrics = site.validate(state, "test", model, rounds)
+            metrics = site.validate(state(name), "test", model, rounds)
             self.metrics.setdefault(model, {})[name] = metrics
             self.recorder.tested(model, name, metrics)
             self.tell({"event": "test", "model": model, "site": name, "metrics": metrics})
@@ -267,10 +273,10 @@ class _Run:
         if self.done and self.stored.model is not None:
             last = self.stored.model
             self.origin = {INITIAL_WEIGHTS: last.versions.get(INITIAL_WEIGHTS, "unknown")}
-            self.server = Server(self.method, last.state, memory_of(last.assets))
+            self.server = Server(self.method, last.state, memory_of(last.assets), sites=list(self.sites))
             return last.state
         state = initial_state(self.method)
-        self.server = Server(self.method, state)
+        self.server = Server(self.method, state, sites=list(self.sites))
         self._save(state, 0)
         return state
 

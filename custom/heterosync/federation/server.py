@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from heterosync.errors import UserError
+from heterosync.errors import HeteroSyncError, UserError
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.fusion import SCORED, Fusion
+from heterosync.federation.modelfile import PREFIX
 from heterosync.federation.split import Tail
+from heterosync.federation.wire import signature
 from heterosync.methods.base import Method
-
-#: Before the names of the server's tensors among the assets of a model file.
-PREFIX = "server."
 
 
 class Server:
     """Global states from contributions, for every engine alike.
 
-    state: the global state; it fixes names, shapes and types of what sites may send. memory: what an earlier server of
-    this training remembered (`memory_of`), None at the first round. spill: as in `Fusion`.
+    state: the global state; unless the method says otherwise (`returned_names`), it fixes names, shapes and types of
+    what sites may send. memory: what an earlier server of this training remembered (`memory_of`), None at the first
+    round. spill: as in `Fusion`. sites: all that take part.
 
     Raises `UserError` for a memory that is not this method's.
     """
@@ -33,18 +34,21 @@ class Server:
         state: Mapping[str, Any],
         memory: Mapping[str, Tensor] | None = None,
         spill: Path | None = None,
+        sites: Sequence[str] = (),
     ):
-        self._method, self._sent = method, state
-        self.memory = method.server_memory()
+        self._method, self._sent, self.shares = method, state, bool(state)
+        self.memory = method.server_memory(tuple(sorted(sites)))
         if memory is not None:
             wanted, found = ({name: value.shape for name, value in held.items()} for held in (self.memory, memory))
             if wanted != found:
-                why = "what its server remembers of the rounds before is missing or does not fit"
+                why = "what its server remembers of the rounds before is missing or does not fit the sites"
                 raise UserError(f"method {method.name} cannot go on from the stored model: {why}: begin a new training")
             self.memory = dict(memory)
         self.tail = Tail(method, state, self.memory) if method.split else None
-        score = getattr(method.task, SCORED.get(method.weighting, "best"))
-        self.fusion = Fusion({} if method.split else state, method.weighting, method.name, spill, score)
+        weighting, score = method.weighting, getattr(method.task, SCORED.get(method.weighting, "best"))
+        if weighting in method.scalars:
+            weighting, score = "metric", weighting
+        self.fusion = Fusion(_returned(method, state), weighting, method.name, spill, score, method.scalars)
 
     def start(self, round_: int, sent: Mapping[str, Any]) -> None:
         """Begin a round, for which the sites get the state `sent`."""
@@ -57,12 +61,46 @@ class Server:
         """As `Fusion.accept`."""
         self.fusion.accept(contribution)
 
+    def for_site(
+        self, site: str, state: Mapping[str, Any] | None = None, memory: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """What one site is sent of a global state and the memory that belongs to it: by default this round's state, and
+        what is remembered now."""
+        state, memory = self._sent if state is None else state, self.memory if memory is None else memory
+        return self._method.for_site(state, memory, site)
+
     def result(self) -> dict[str, Any]:
         """The next global state; call it once per round."""
+        if self._method.individual:
+            with torch.random.fork_rng(devices=[]):
+                state = self._method.fuse(self._sent, self.fusion.answers(), self.memory)
+            self.fusion.drop()
+            return self._checked(state)
         fused = self.fusion.result()
         if self.tail is not None:  # trained step by step; what came in last are only scalars
             return self.tail.state()
-        return self._method.combine(self._sent, fused, self.memory, len(self.fusion.contributors))
+        state = self._method.combine(self._sent, fused, self.memory, len(self.fusion.contributors))
+        if fused.keys() == self._sent.keys():
+            return state
+        return {name: state.get(name, before) for name, before in self._sent.items()}  # what only comes down stays
+
+    def _checked(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state that a method made by itself. Raises `HeteroSyncError` where it is not what the sites expect."""
+        wanted, found = ({name: signature(value) for name, value in held.items()} for held in (self._sent, state))
+        wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if wrong:
+            values = f"is {found.get(wrong[0], 'missing')} instead of {wanted.get(wrong[0], 'nothing')}"
+            raise HeteroSyncError(f"method {self._method.name}: tensor '{wrong[0]}' of the fused state {values}")
+        return state
+
+
+def _returned(method: Method, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What sites send: tensors of the global state, or of a model built here."""
+    if type(method).returned_names is Method.returned_names:
+        return {} if method.split else state
+    model = method.build_model(weights="none")
+    own = model.state_dict()
+    return {name: own[name] for name in method.returned_names(model)}
 
 
 def assets_of(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,11 +27,12 @@ from heterosync.federation.wire import WirePolicy, is_site_name, reportable
 from heterosync.files import make_folder, read_json, write_json
 from heterosync.methods import make_method
 from heterosync.training.checks import check_device
+from heterosync.training.examples import Outcome
 from heterosync.training.loop import LocalTrainer
 from heterosync.training.precision import choose_precision
 from heterosync.training.selection import BestRound
 from heterosync.training.state import snapshot
-from heterosync.training.task import LocalData, Outcome
+from heterosync.training.task import LocalData
 
 #: What each site's own best model is called.
 OWN_MODEL = "local"
@@ -100,7 +101,7 @@ class SiteTrainer:
         report = {
             "site": self.site,
             "method": self.method.name,
-            "anchor_digest": data.anchor_digest if self.method.uses_anchor else None,
+            "anchor_digest": data.anchor_digest if self.method.needs_anchor else None,
             "labels": list(data.labels),
             "model_hash": checkin.model_hash(trainer.model),
             "initial_weights": own_weights(self.method, trainer.model),
@@ -185,7 +186,7 @@ class SiteTrainer:
     def _load(self) -> LocalData:
         method = self.method
         try:
-            return self.task.load(self.folder, method.training, method.uses_anchor, method.pooled)
+            return self.task.load(self.folder, method.training, method.needs_anchor, method.pooled)
         except UserError as error:
             raise ProblemList([f"site {self.site}: {line}" for line in str(error).splitlines()]) from error
 

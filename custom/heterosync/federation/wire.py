@@ -37,6 +37,12 @@ METRICS: frozenset[str] = frozenset(
         "anchor_gradient_ratio",
         "partner_effect",
         "mixture_share",
+        # of single methods (`Method.scalars`); label_entropy and label_balance are of class W2
+        "label_entropy",
+        "label_balance",
+        "n_epochs",
+        "train_accuracy",
+        "val_accuracy",
         # evaluation of volumes
         "dice",
         "dice_sd",
@@ -59,7 +65,7 @@ MAX_LABEL = 40
 _SITE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?=[A-Za-z0-9])){0,62}")
 _METHOD = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_WEIGHTS = re.compile(r"none|imagenet|file sha256:[0-9a-f]{12}")
+_WEIGHTS = re.compile(r"none|imagenet|stand-in|file sha256:[0-9a-f]{12}")
 _LABEL = re.compile(rf"[^\W_][\w +()-]{{0,{MAX_LABEL - 1}}}")
 _VERSION = re.compile(
     r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}([a-z]{1,4}[0-9]{0,4})?(\.(post|dev)[0-9]{1,8})?(\+[a-z0-9.]{1,20})?"

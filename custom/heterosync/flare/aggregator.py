@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from heterosync.federation.server import Server
 from heterosync.federation.split import Tail
 from heterosync.federation.wire import Blocked, WirePolicy, payload_bytes
 from heterosync.flare import messages
+from heterosync.flare.causes import guarded
 from heterosync.flare.persistor import MEMORY
-from heterosync.flare.supervised import guarded
 from heterosync.methods import make_method
 
 
@@ -63,15 +64,19 @@ class EqualWeightAggregator(Aggregator):
         with self._lock:
             state = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS] or {}
             self._round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
-            if self._server is None:
-                self._spill = messages.run_folder(fl_ctx) / "contributions"
-                method = make_method(self._method, self._settings, self._training)
-                self._server = Server(method, state, fl_ctx.get_prop(MEMORY), self._spill)
-                if self._server.tail is not None:
-                    self._server.tail.checked_in(self.reports)
-            self._server.start(self._round, state)
+            self.serve(state, fl_ctx).start(self._round, state)
             self.metrics, self.refused, self.payload = {}, {}, {}
             self._open = True
+
+    def serve(self, state: Mapping[str, Any], fl_ctx: FLContext) -> Server:
+        """The server's half of the method, made when first asked for, after the check-in; it goes on from `state`."""
+        if self._server is None:
+            self._spill = messages.run_folder(fl_ctx) / "contributions"
+            method = make_method(self._method, self._settings, self._training)
+            self._server = Server(method, state, fl_ctx.get_prop(MEMORY), self._spill, list(self.reports))
+            if self._server.tail is not None:
+                self._server.tail.checked_in(self.reports)
+        return self._server
 
     @property
     def tail(self) -> Tail | None:
@@ -129,8 +134,7 @@ class EqualWeightAggregator(Aggregator):
         """The fused state as a message; an empty one when no tensors are shared or nobody contributed."""
         assert self._server is not None
         self.close()
-        made = self._server.fusion.reference or self._server.tail is not None
-        state = self._server.result() if self.metrics and made else {}
+        state = self._server.result() if self.metrics and self._server.shares else {}
         fl_ctx.set_prop(MEMORY, self._server.memory, private=True, sticky=True)
         return messages.tensors_message(state)
 

@@ -12,11 +12,11 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
-from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_event_type import AppEventType
 
 from heterosync.federation.modelfile import BEST_MODEL, keep_as_best, load_model
 from heterosync.federation.results import RUN
+from heterosync.federation.server import memory_of
 from heterosync.federation.site import OWN_MODEL
 from heterosync.federation.trainings import (
     BEGUN_WITH,
@@ -31,10 +31,12 @@ from heterosync.federation.trainings import (
 )
 from heterosync.files import read_json
 from heterosync.flare import bounds, messages
+from heterosync.flare.causes import Stopped, cause_of
 from heterosync.flare.persistor import STORED
 from heterosync.flare.rounds import SupervisedRounds
+from heterosync.flare.sending import Payload
 from heterosync.flare.split import Desk
-from heterosync.flare.supervised import CHECK_PERIOD, Stopped, cause_of
+from heterosync.flare.supervised import CHECK_PERIOD
 
 GONE = "no answer in two rounds running; not waited for in the rest of this job"
 
@@ -262,21 +264,22 @@ class HeteroSyncController(SupervisedRounds):
             problems = self._test({OWN_MODEL: dict}, abort_signal, fl_ctx)
         else:
             problems = self._score_last_fusion(abort_signal, fl_ctx)
-            models: dict[str, Callable[[], Mapping[str, Any]]] = {"last": self._last_state}
+            models: dict[str, Callable[[], Payload]] = {"last": self._last_model}
             if self._rules.personal:
                 models = {OWN_MODEL: dict, **models}
             elif self._scores.best is not None:  # none when the only fusion of the job was not scored by enough sites
-                models = {"best": lambda: load_model(self._folder / BEST_MODEL).state, **models}
+                models = {"best": self._best_model, **models}
             problems += self._test(models, abort_signal, fl_ctx)
         if problems:
             raise Stopped("\n".join(problems))
 
-    def _last_state(self) -> Mapping[str, Any]:
-        return self._global_weights[ModelLearnableKey.WEIGHTS]
+    def _best_model(self) -> Payload:
+        best = load_model(self._folder / BEST_MODEL)
+        return self._model(best.state, memory_of(best.assets))
 
     def _score_last_fusion(self, abort_signal: Signal, fl_ctx: FLContext) -> list[str]:
         """Let the last fusion compete for the best model, unless too few sites scored it; the problem then."""
-        answers, what = self._validate("last", self._last_state(), "validation", abort_signal, fl_ctx)
+        answers, what = self._validate("last", self._last_model(), "validation", abort_signal, fl_ctx)
         if answers.failed:
             self._recorder.note(not_validated=answers.failed)
         scores = {site: values.get(self._rules.task.metric) for site, values in answers.good.items()}

@@ -61,29 +61,36 @@ def all_jobs(options: Mapping[str, JobOptions] | None = None) -> list[tuple[str,
     for name in method_names():
         chosen = (options or {}).get(name, JobOptions())
         jobs.append((name, chosen))
-        if name in SWARMS and chosen.topology == "star" and not chosen.min_clients and chosen.dp_clip is None:
+        if name in SWARMS and chosen.topology is None and not chosen.min_clients and chosen.dp_clip is None:
             jobs.append((name, replace(chosen, topology="swarm")))
     return jobs
 
 
 def job_name(method: str, options: JobOptions) -> str:
     """Name of a job and its folder: the method, with the variant where it is one ("hsl_swarm", "hsl_dp")."""
-    variant = "_swarm" if options.topology == "swarm" else "_dp" if options.dp_clip is not None else ""
+    own = get_method(method).topology
+    variant = "_swarm" if _topology(method, options) != own else "_dp" if options.dp_clip is not None else ""
     return method + variant
+
+
+def _topology(method: str, options: JobOptions) -> str:
+    return options.topology or get_method(method).topology
 
 
 def check_job(name: str, options: JobOptions) -> Method:
     """The method that the job trains. Raises `UserError` for settings that are unknown or make no sense together."""
-    get_method(name)
     method = make_method(name, options.method_settings, options.training_dict())
     if options.anchors_may_differ and not method.uses_anchor:
         raise UserError(f"job option anchors_may_differ: '{name}' has no anchor task with these settings: leave it")
-    variants = {"topology": options.topology != "star", "dp_clip": options.dp_clip is not None}
+    topology = _topology(name, options)
+    if topology != "swarm" == method.topology:
+        raise UserError(f"job option topology: method {name} is fused by the sites: leave it out, or take fedavg")
+    variants = {"topology": topology != method.topology, "dp_clip": options.dp_clip is not None}
     for option in [option for option, used in variants.items() if used]:
         why = obstacle(method, option)
         if why:
             raise UserError(f"job option {option}: method {name} {why}: leave it out")
-    if options.topology == "swarm":
+    if topology == "swarm":
         if options.min_clients:
             raise UserError("job option min_clients: a swarm needs every site in every round: leave it out")
         if method.training.early_stop:
@@ -101,6 +108,8 @@ def obstacle(method: Method, option: str) -> str | None:
         return "needs a server that does more than take the mean"
     if option == "topology" and method.personal:
         return "makes a model for each site, which a swarm does not test in this release"
+    if option == "dp_clip" and method.topology == "swarm":
+        return "goes from site to site"
     if option == "dp_clip" and not method.only_updates:
         return "sends more than an update of what a site received"
     return None
@@ -117,7 +126,7 @@ def meta(method: str, options: JobOptions) -> dict[str, Any]:
 
 
 def server_config(method: str, options: JobOptions) -> dict[str, Any]:
-    parts = swarm_job.server_parts if options.topology == "swarm" else _server_parts
+    parts = swarm_job.server_parts if _topology(method, options) == "swarm" else _server_parts
     return {
         "format_version": 2,
         "server": {"heart_beat_timeout": 600, "task_request_interval": options.task_request_interval},
@@ -154,7 +163,7 @@ def _server_parts(learning: dict[str, Any], options: JobOptions) -> dict[str, An
 
 
 def client_config(method: str, options: JobOptions) -> dict[str, Any]:
-    parts = swarm_job.client_parts if options.topology == "swarm" else _client_parts
+    parts = swarm_job.client_parts if _topology(method, options) == "swarm" else _client_parts
     return {"format_version": 2, CHUNK: CHUNK_BYTES, **parts(_learning(method, options), options)}
 
 

@@ -39,8 +39,8 @@ class JobOptions:
     anchors_may_differ: bool = False
     #: the server receives models into files: its memory does not grow with the number of sites
     uploads_to_disk: bool = True
-    #: who fuses: "star", the server; "swarm", the sites among themselves
-    topology: str = "star"
+    #: who fuses: "star", the server; "swarm", the sites among themselves; None leaves that to the method
+    topology: str | None = None
     #: largest L2 norm of a site's update in a round; longer ones are shortened; None sends the weights as they are
     dp_clip: float | None = None
     #: standard deviation of the noise on every element of an update, in units of `dp_clip`
@@ -59,7 +59,7 @@ class JobOptions:
         if not _is_number(interval) or not 0 < interval <= 60:
             raise UserError(f"job option task_request_interval: {interval!r} is not a number of seconds in (0, 60]")
         self._check_privacy()
-        if self.topology not in TOPOLOGIES:
+        if self.topology not in (None, *TOPOLOGIES):
             raise UserError(f"job option topology: '{self.topology}' is not one of {', '.join(TOPOLOGIES)}")
         for name in ("in_process", "anchors_may_differ", "uploads_to_disk"):
             if not isinstance(getattr(self, name), bool):

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from heterosync.federation.privacy import epsilon_of
 from heterosync.flare.job_options import JobOptions
-from heterosync.methods.base import Method, bytes_per_image, traffic
+from heterosync.methods.base import Method
+from heterosync.methods.traffic import bytes_per_image, state_bytes, traffic
 
 
 def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     """Text of README.md, made from the method's own words; the same inputs always give the same text."""
     model = method.build_model(weights="none")
     names = method.shared_names(model)
-    size = sum(value.numel() * value.element_size() for name, value in model.state_dict().items() if name in names)
+    back = method.returned_names(model)
+    size = state_bytes(model, names)
     training = method.training
     least = (
         f"{options.min_clients} sites" if options.min_clients and not method.needs_all else "all sites that take part"
     )
-    amount = (
-        f"{len(names)} tensors, {size / 2**20:.1f} MiB per site and round in each direction"
-        if names
-        else "no tensor leaves or enters a site"
+    amount = f"{len(names)} tensors, {size / 2**20:.1f} MiB per site and round "
+    amount += (
+        "in each direction" if names == back else f"to the site, {len(back)} tensors, {traffic(method, model)} back"
     )
+    amount = amount if names else "no tensor leaves or enters a site"
     models = ", `last_model.pt`, `best_model.pt`" if names else ""
     leaves = "\n".join(f"- {line}" for line in method.leaves)
     overrides = {**options.method_settings, **options.training_dict()}
@@ -49,8 +51,10 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
         )
         to_whom = _SPLIT
         own = f"{own}\n`last_model.pt` and `best_model.pt` hold the server's half alone."
-    if options.topology == "swarm":
-        name, command, to_whom, models = f"{name}_swarm", f"{command} --topology swarm", _SWARM, ""
+    if (options.topology or method.topology) == "swarm":
+        to_whom, models = _SWARM, ""
+        if method.topology != "swarm":
+            name, command = f"{name}_swarm", f"{command} --topology swarm"
         parts = "an executor, an outbound gate to the server\nand one to the sites, a controller, "
         parts += "an aggregator and a persistor"
         own = "\nThe models stay at the sites: `last_model.pt`, `best_model.pt` in each site's folder of the job."
@@ -69,7 +73,7 @@ Written by `{command}`; a change by hand is lost at the next export.
 
 {method.citation}. Status: {method.status}.
 
-{training.rounds} rounds of {training.local_epochs} local epochs, {method.task.in_words(training)}.
+{training.rounds} rounds of {training.local_epochs} local epochs, {method.in_words()}.
 A round needs {least}. {fused}.
 
 {settings}

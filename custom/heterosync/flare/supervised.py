@@ -10,7 +10,6 @@ from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
@@ -19,23 +18,20 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.fuel.utils.memory_utils import cleanup_memory
 
-from heterosync.errors import HeteroSyncError
 from heterosync.federation import checkin
 from heterosync.federation.results import RunRecorder
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.trainings import learning_info
 from heterosync.federation.wire import WirePolicy
 from heterosync.flare import bounds, messages
+from heterosync.flare.causes import Stopped, cause_of
 from heterosync.flare.persistor import LABELS
+from heterosync.flare.sending import Payload, send
 from heterosync.training.settings import LoopSettings
 
 CHECK_PERIOD = 0.05  # seconds
 
 log = logging.getLogger("heterosync")
-
-
-class Stopped(HeteroSyncError):
-    """The job cannot go on; the text says why, one line per cause."""
 
 
 class Supervision(Controller):
@@ -200,7 +196,14 @@ class Supervision(Controller):
         cleanup_memory()
 
     def _ask(
-        self, name: str, message: Shareable, what: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
+        self,
+        name: str,
+        message: Shareable,
+        what: str,
+        signal: Signal,
+        fl_ctx: FLContext,
+        arrived: Any = None,
+        payload: Payload | None = None,
     ) -> messages.Answers:
         """Send a task that is answered by scalars, a test also to the receivers; `arrived` as in `messages.Answers`."""
         asked = self._sites + (self._receivers if message.get_header(messages.SPLIT) == "test" else [])
@@ -217,7 +220,7 @@ class Supervision(Controller):
             name=name,
             data=message,
             timeout=self._task_timeout,
-            before_task_sent_cb=send_without_copy,
+            before_task_sent_cb=lambda client_task, fl_ctx: self._guarded(fl_ctx, send, client_task, payload),
             result_received_cb=lambda client_task, fl_ctx: self._guarded(fl_ctx, take, client_task, fl_ctx),
         )
         wait = self._wait_time_after_min_received
@@ -245,9 +248,7 @@ class Supervision(Controller):
         why = "; ".join(f"site {site}: {reason}" for site, reason in sorted(absent.items())) or messages.NO_ANSWER
         return f"{where}: fewer than the {self._min_clients} sites that the job needs contribute: {why}"
 
-    def _test(
-        self, models: Mapping[str, Callable[[], Mapping[str, Any]]], abort_signal: Signal, fl_ctx: FLContext
-    ) -> list[str]:
+    def _test(self, models: Mapping[str, Callable[[], Payload]], abort_signal: Signal, fl_ctx: FLContext) -> list[str]:
         """Test one model after the other, each read when its turn comes; record what comes in, return the problems."""
         missing: dict[str, dict[str, str]] = {}
         problems: list[str] = []
@@ -261,37 +262,15 @@ class Supervision(Controller):
         return problems
 
     def _validate(
-        self, name: str, state: Mapping[str, Any], split: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
+        self, name: str, model: Payload, split: str, signal: Signal, fl_ctx: FLContext, arrived: Any = None
     ) -> tuple[messages.Answers, str]:
-        message = self._question(state)
+        message = self._question({} if callable(model) else model)
         message.set_header(messages.SPLIT, split)
         message.set_header(messages.MODEL, name)
         message.set_header(messages.MADE_IN, self._scores.best if name == "best" else self._current_round)
         what = f"the {split} of model '{name}'"
-        return self._ask(messages.VALIDATE, message, what, signal, fl_ctx, arrived), what
+        return self._ask(messages.VALIDATE, message, what, signal, fl_ctx, arrived, model), what
 
     def _question(self, state: Mapping[str, Any]) -> Shareable:
         """A task about a model that carries it along."""
         return messages.tensors_message(state)
-
-
-def guarded(component: FLComponent, fl_ctx: FLContext, what: Callable[..., None], *args: Any) -> None:
-    """`_guarded` for the server's other components; the controller puts the cause on record."""
-    try:
-        what(*args)
-    except Exception as error:
-        component.system_panic("; ".join(cause_of(error).splitlines()), fl_ctx)
-
-
-def cause_of(error: Exception) -> str:
-    """What is said of an error that ends the job; of one that nobody foresaw, the traceback goes into the log."""
-    if isinstance(error, HeteroSyncError):
-        return str(error)
-    log.error("an unexpected error ends the job", exc_info=error)
-    return f"{type(error).__name__}: {error}"
-
-
-def send_without_copy(client_task: ClientTask, fl_ctx: FLContext) -> None:
-    """Keep FLARE from copying the model for every broadcast: nothing here ever changes a tensor in place."""
-    task = client_task.task
-    task._broadcast_data = task.data

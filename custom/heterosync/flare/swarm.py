@@ -14,9 +14,10 @@ from nvflare.app_common.ccwf.swarm_server_ctl import SwarmServerController
 
 from heterosync.errors import UserError
 from heterosync.flare import messages
+from heterosync.flare.causes import Stopped, cause_of
 from heterosync.flare.job import obstacle
-from heterosync.flare.supervised import CHECK_PERIOD, Stopped, Supervision, cause_of
-from heterosync.methods.base import bytes_per_round
+from heterosync.flare.supervised import CHECK_PERIOD, Supervision
+from heterosync.methods import bytes_per_round
 
 FOREVER = 10.0**9  # seconds
 

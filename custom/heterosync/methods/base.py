@@ -3,34 +3,55 @@
 A method is one small file: a subclass of `Method` (depth 1, no method imports another) that states its facts and
 overrides only what it changes, plus one line in `methods/__init__.py`. The order of the calls in a round at a site:
 
-    receive(model, shared) -> round_start(model, shared) -> loss(model, batch), correct_gradients(model) per step
+    receive(model, shared) -> round_start(model, shared, examples) -> if it `trains`, for each epoch: `batches`, and
+    loss(model, batch), correct_gradients(model) per step
 
-then the best snapshot is loaded, `round_end` and `diagnostics` run, and `shared_names` of the model leave the site.
-At the server `combine` makes the next global state of the mean of what came in.
+then the best snapshot is loaded, `round_end` and `diagnostics` run, and `returned_names` of the model leave the site.
+At the server `combine` makes the next global state of the mean of what came in, or `fuse` of each site's own answer;
+`for_site` says what one site gets of it.
 
 A method whose network is cut (`split`) meets the server in every step instead: `loss` talks to the server's half by
 `exchange`, and `serve` is that half. Its shared tensors go down before a round and do not come back.
 
-Whatever a method remembers beside its network (a second network, control variates, a counter) is a tensor of the
-model: declared in `shared_names` it travels, under its exact name, shape and type; otherwise it stays at the site, from
-round to round and in its resume state. No other part of the system knows of it.
+Whatever a method remembers beside its network (a second network, control variates, a counter, a pool of images) is a
+tensor of the model: in `shared_names` it comes down, in `returned_names` it goes up, under its exact name, shape and
+type; otherwise it stays at the site, from round to round and in its resume state. No other part of the system knows.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from heterosync.data.images import Images
 from heterosync.errors import HeteroSyncError
-from heterosync.training import CLASSIFICATION, Batch, LoopSettings, Task, setting
+from heterosync.methods.answer import Answer
+from heterosync.methods.leaves import COMMON_LEAVES, SCALAR_LEAVES, VOLUME_LEAVES
+from heterosync.methods.settings import EqualWeights, NoSettings, SampleWeights
+from heterosync.training import CLASSIFICATION, Batch, Examples, LoopSettings, Task
 from heterosync.training import Settings as BaseSettings
+from heterosync.training.feed import Feed
+
+#: What the file of a method needs, from here and from the files beside this one.
+__all__ = [
+    "COMMON_LEAVES",
+    "SCALAR_LEAVES",
+    "STATUS",
+    "VOLUME_LEAVES",
+    "EqualWeights",
+    "Form",
+    "Method",
+    "NoSettings",
+    "Parcel",
+    "Partner",
+    "SampleWeights",
+]
 
 Partner: TypeAlias = Tensor | Literal["self"]
 #: The tensors of one message between a site and the server's half of a cut network.
@@ -39,48 +60,14 @@ Parcel: TypeAlias = dict[str, Tensor]
 Form: TypeAlias = dict[str, tuple[tuple[int, ...], str]]
 
 
-#: What leaves a site under every method, by the names of the allow-list (federation/wire.py) and with privacy class.
-COMMON_LEAVES: tuple[str, ...] = (
-    "W0, per round: val_auc_received, val_auc_best, best_epoch, train_loss, steps, seconds; for the two-task network "
-    "also primary_gradient, anchor_gradient, anchor_gradient_ratio, partner_effect, mixture_share",
-    "W0, per evaluated split: auc, ci_low, ci_high, accuracy, recall, precision",
-    "W0, numbers of images: n_train and n_validation per round, n per evaluated split, counts of every split at the "
-    "check-in",
-    "W2, number of images of the positive label per evaluated split: n_positive",
-    "at the check-in: site name, method, labels (the names of the two classes), anchor_digest (SHA-256 of the shared "
-    "anchor set), model_hash (names and shapes), initial_weights (imagenet, none or a file's hash), precision, "
-    "versions of heterosync, python, torch, torchvision, monai and nvflare",
-)
-
-#: The same for methods that segment volumes.
-VOLUME_LEAVES: tuple[str, ...] = (
-    "W0, per round: val_dice_received, val_dice_best, best_epoch, train_loss, steps, seconds",
-    "W0, per evaluated split: dice, dice_sd, ci_low, ci_high, hd95, volume_error",
-    "W0, numbers of volumes: n_train and n_validation per round, n and n_missed (nothing found) per evaluated split, "
-    "counts of every split at the check-in",
-    COMMON_LEAVES[-1],
-)
-
-
-@dataclass(frozen=True)
-class NoSettings(BaseSettings):
-    """For methods without hyper-parameters of their own."""
-
-    what: ClassVar[str] = "method"
-
-
-@dataclass(frozen=True)
-class SampleWeights(BaseSettings):
-    """For methods whose papers weigh sites by their number of training images."""
-
-    weighting: str = setting("samples", "[M] n_k / n; equal: 1 / K", choices=("samples", "equal"))
-
-
-@dataclass(frozen=True)
-class EqualWeights(BaseSettings):
-    """For methods whose papers or official codes give every site the same weight."""
-
-    weighting: str = setting("equal", "[M]/[C] 1 / K; samples: n_k / n", choices=("equal", "samples"))
+#: How near a method is to its citation, in words.
+STATUS: dict[str, str] = {
+    "exact": "as the source defines it",
+    "code-faithful": "as the official code does it, where the paper says less or something else",
+    "corrected": "as the source means it, without defects of the published code, which the method's file names",
+    "reconstruction": "rebuilt, since the source leaves essential parts open or cannot be had",
+    "variant": "a form of it that is this project's own",
+}
 
 
 class Method(ABC):
@@ -88,13 +75,16 @@ class Method(ABC):
 
     Class attributes:
         name, title     as in a job and as in a report
-        status          "exact", "code-faithful", "corrected" or "reconstruction" with respect to the citation
+        status          how near it is to its citation: one of `STATUS`
         citation        the source in one line
         leaves          all that leaves a site, in plain words with its privacy class (the job's README explains them):
                         the method's own tensors, then `COMMON_LEAVES` or `VOLUME_LEAVES`
         task            what is learned (training/task.py)
+        scalars         names of scalars that its sites report in every round beside the common ones (`diagnostics`), of
+                        federation/wire.py, and with their line of `SCALAR_LEAVES` in `leaves`
         weighting       fusion weights: "equal", "samples", "metric" (validation score of the model sent), "quality" (of
-                        the model received) or "none" (nothing is exchanged); a setting of that name takes its place
+                        the model received), a name of `scalars`, or "none" (nothing is exchanged); a setting of that
+                        name takes its place
         personal        each site is tested with its own model
         uses_anchor     the loss needs the anchor task
         pooled          one site holds the images of all: no federation, for comparison only
@@ -102,6 +92,7 @@ class Method(ABC):
         only_updates    what a site sends is the state that it received, trained on: it can be clipped and noised
         split           the network is cut: the server trains the shared tensors itself, on what the sites send in every
                         step; all sites make as many steps, and their last state counts, not their best
+        topology        who combines, unless a job says otherwise: "star", the server; "swarm", the sites in turn
         Settings        frozen dataclass of the hyper-parameters
     """
 
@@ -111,6 +102,7 @@ class Method(ABC):
     citation: ClassVar[str]
     leaves: ClassVar[tuple[str, ...]]
     task: ClassVar[Task] = CLASSIFICATION
+    scalars: ClassVar[tuple[str, ...]] = ()
     weighting: str = "equal"
     personal: ClassVar[bool] = False
     uses_anchor: bool = False
@@ -118,6 +110,7 @@ class Method(ABC):
     needs_all: ClassVar[bool] = False
     only_updates: ClassVar[bool] = True
     split: ClassVar[bool] = False
+    topology: ClassVar[str] = "star"
     Settings: ClassVar[type[BaseSettings]] = NoSettings
 
     def __init__(self, settings: BaseSettings | None = None, training: LoopSettings | None = None):
@@ -134,12 +127,28 @@ class Method(ABC):
     @property
     def one_model(self) -> bool:
         """Whether a federation ends with one model for all, which also a site that did not train can use."""
-        return self.weighting != "none" and not self.personal and not self.pooled
+        return self.weighting != "none" and not (self.personal or self.pooled or self.per_site)
 
     @property
     def server_half(self) -> bool:
-        """Whether the server does more than take the mean."""
-        return self.split or type(self).combine is not Method.combine
+        """Whether the server does more than take the mean and send it to all."""
+        changed = any(getattr(type(self), hook) is not getattr(Method, hook) for hook in ("combine", "returned_names"))
+        return self.split or self.individual or self.per_site or changed
+
+    @property
+    def individual(self) -> bool:
+        """Whether the server must see the answer of each site: `fuse` takes the place of mean and `combine`."""
+        return type(self).fuse is not Method.fuse
+
+    @property
+    def per_site(self) -> bool:
+        """Whether sites are sent different things."""
+        return type(self).for_site is not Method.for_site
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether every site must hold the alliance's anchor pack, be it for something else than an anchor task."""
+        return self.uses_anchor
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
@@ -152,16 +161,31 @@ class Method(ABC):
             torch.manual_seed(self.training.seed)
             return self.network(getattr(self.training, "weights", "none") if weights is None else weights)
 
+    @classmethod
+    def first_weights(cls, training: Any) -> str:
+        """What the network starts from on this machine, for the check-in and the records: none, imagenet or a file's
+        hash. Raises `UserError` when that is not here."""
+        return cls.task.initial_weights(training)
+
+    def provisioned(self) -> str | None:
+        """What the network is that every site has beside its data and that is never trained or sent, for the check-in:
+        "file sha256:…" or "stand-in"; None without one. Raises `UserError` when it is not here."""
+        return None
+
+    def in_words(self) -> str:
+        """Network and size of what it sees."""
+        return self.task.in_words(self.training)
+
     def network(self, weights: str) -> nn.Module:
         """Make the network; the generator is seeded already."""
         return self.task.network(self.training, weights)
 
     def shared_names(self, model: nn.Module) -> tuple[str, ...]:
-        """Exact names of the state tensors that leave a site and come back fused; the others stay personal."""
+        """Exact names of the state tensors that come from the server: the global state. The others stay personal."""
         return () if self.weighting == "none" else tuple(model.state_dict())
 
     def returned_names(self, model: nn.Module) -> tuple[str, ...]:
-        """Of the shared tensors, those that a site sends after a round."""
+        """Exact names of the state tensors that a site sends after a round: by default those that came."""
         return () if self.split else self.shared_names(model)
 
     def own_names(self, model: nn.Module) -> tuple[str, ...]:
@@ -169,14 +193,30 @@ class Method(ABC):
         shared = set(self.shared_names(model))
         return tuple(name for name in model.state_dict() if name not in shared)
 
+    def feed(self, images: Images, device: torch.device, cache: Path | None) -> Feed:
+        """A site's images as the network gets them; what is made of them may be kept in the folder `cache`."""
+        return Feed(images, device)
+
     # -- a round at a site ---------------------------------------------------------------------------------------------
 
     def receive(self, model: nn.Module, shared_state: Mapping[str, Tensor]) -> None:
         """Put a fused state (exactly `shared_names`, checked) into the model; personal tensors keep their values."""
         model.load_state_dict(dict(shared_state), strict=False)
 
-    def round_start(self, model: nn.Module, received: Mapping[str, Tensor]) -> None:
-        """Before the first step; for methods whose loss refers to the received state."""
+    def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
+        """Before the received model is scored and the first step; `examples` are the site's own."""
+
+    def trains(self, model: nn.Module) -> bool:
+        """Whether the site trains in this round; if not, it scores what it received and sends it back."""
+        return True
+
+    def batches(self, model: nn.Module, examples: Examples, round_: int, epoch: int) -> Iterator[Batch]:
+        """What one local epoch trains on; an epoch without a batch ends the round.
+
+        The model is in training mode, and so it must be left, with `requires_grad` as it was; steps of the method's own
+        with an optimiser of its own are allowed in between, also in `round_start` and `round_end`.
+        """
+        return examples.batches(round_, epoch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The scalar to minimise for one batch."""
@@ -185,18 +225,26 @@ class Method(ABC):
     def correct_gradients(self, model: nn.Module) -> None:
         """Between the backward pass of a step, whose gradients are finite, and the optimiser."""
 
-    def round_end(self, model: nn.Module) -> None:
+    def round_end(self, model: nn.Module, examples: Examples) -> None:
         """After the last step; the model holds the best snapshot, and what is set here becomes part of it."""
 
     def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """Scalars about the mechanism, once per round; must leave model, gradients and generators as they were."""
+        """Scalars about the mechanism and `scalars`, at the end of each round; leaves model, gradients and generators
+        as they were."""
         return {}
 
     # -- at the server -------------------------------------------------------------------------------------------------
 
-    def server_memory(self) -> dict[str, Tensor]:
-        """What the server remembers from round to round beside the global state, before the first round."""
+    def server_memory(self, sites: tuple[str, ...]) -> dict[str, Tensor]:
+        """What the server remembers from round to round beside the global state, before the first round.
+
+        `sites` take part, in name order. Names and shapes stay the same. It is stored with the global state.
+        """
         return {}
+
+    def for_site(self, state: Mapping[str, Tensor], memory: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
+        """What one site is sent of a global state, with the server's memory of that moment: `shared_names` too."""
+        return dict(state)
 
     def combine(
         self, sent: Mapping[str, Tensor], fused: dict[str, Tensor], memory: dict[str, Tensor], sites: int
@@ -206,6 +254,16 @@ class Method(ABC):
         `memory` may be changed. Tensors are on the CPU; those of `sent` must stay as they are.
         """
         return fused
+
+    def fuse(
+        self, sent: Mapping[str, Tensor], answers: Mapping[str, Answer], memory: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The next global state, all of `shared_names`, from what each site sent (site -> answer, in name order).
+
+        In place of `combine`, where overridden; the same rules. `answer.mean` is the mean of the other methods. Global
+        generators are put back afterwards; randomness comes from a generator of its own, of the seed and the round.
+        """
+        raise HeteroSyncError(f"method {self.name} takes the mean")
 
     # -- a network that is cut -----------------------------------------------------------------------------------------
 
@@ -234,23 +292,3 @@ class Method(ABC):
     def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
         """Anchor rows (k, n_images) whose k scores are averaged; None: every image is its own partner."""
         return None
-
-
-def bytes_per_round(method: Method, model: nn.Module) -> int:
-    """Bytes of the tensors that a site sends after one round (and receives before it), without message overhead."""
-    state = model.state_dict()
-    return sum(state[name].numel() * state[name].element_size() for name in method.returned_names(model))
-
-
-def bytes_per_image(method: Method, model: nn.Module) -> int:
-    """Bytes that a site of a split method sends for one training image in one epoch; 0 for the others."""
-    forms = [form for parcel in method.parcels(model) for form in parcel.values()]
-    return sum(math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in forms)
-
-
-def traffic(method: Method, model: nn.Module) -> str:
-    """In words, what one site sends: "42.7 MiB" per round, "0.38 MiB per image and epoch", or "nothing"."""
-    image, round_ = bytes_per_image(method, model), bytes_per_round(method, model)
-    if image:
-        return f"{image / 2**20:.2f} MiB per image and epoch"
-    return f"{round_ / 2**20:.1f} MiB" if round_ else "nothing"

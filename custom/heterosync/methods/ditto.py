@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from heterosync.methods.base import COMMON_LEAVES, Method, Partner, SampleWeights
-from heterosync.training import Batch, setting
+from heterosync.methods.proximal import proximal_term
+from heterosync.training import Batch, Examples, setting
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,14 @@ class Ditto(Method):
     def shared_names(self, model: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in model.state_dict() if not name.startswith("own."))
 
-    def round_start(self, model: nn.Module, received: Mapping[str, Tensor]) -> None:
+    def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         self._received = [parameter.detach().clone() for parameter in model.net.parameters()]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss = super().loss(model, batch) + bce(model.own(batch.images).squeeze(1), batch.labels)
         if not self.settings.lambda_ or self._received is None:
             return loss
-        pairs = zip(model.own.parameters(), self._received, strict=True)
-        return loss + self.settings.lambda_ / 2 * torch.stack([(v - w).square().sum() for v, w in pairs]).sum()
+        return loss + proximal_term(list(model.own.parameters()), self._received, self.settings.lambda_)
 
     def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
         return torch.sigmoid(model.own(images).squeeze(1))

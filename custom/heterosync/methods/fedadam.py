@@ -49,7 +49,7 @@ class FedAdam(Method):
     Settings = FedAdamSettings
     settings: FedAdamSettings
 
-    def server_memory(self) -> dict[str, Tensor]:
+    def server_memory(self, sites: tuple[str, ...]) -> dict[str, Tensor]:
         parameters = list(self.build_model(weights="none").named_parameters())
         first = {f"m.{name}": torch.zeros_like(value) for name, value in parameters}
         return {**first, **{f"v.{name}": torch.full_like(value, self.settings.tau**2) for name, value in parameters}}

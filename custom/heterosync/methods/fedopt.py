@@ -41,7 +41,7 @@ class FedOpt(Method):
     Settings = FedOptSettings
     settings: FedOptSettings
 
-    def server_memory(self) -> dict[str, Tensor]:
+    def server_memory(self, sites: tuple[str, ...]) -> dict[str, Tensor]:
         model = self.build_model(weights="none")
         return {f"momentum.{name}": torch.zeros_like(value) for name, value in model.named_parameters()}
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from heterosync.methods.base import COMMON_LEAVES, Method, SampleWeights
-from heterosync.training import Batch, setting
+from heterosync.methods.proximal import proximal_term
+from heterosync.training import Batch, Examples, setting
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,6 @@ class FedProxSettings(SampleWeights):
     what: ClassVar[str] = "fedprox"
 
     mu: float = setting(0.01, "[R] tune over 0.001 to 1 [M]; FedBN's comparison uses 0.01, HSL gives none", low=0.0)
-
-
-def proximal_term(parameters: list[Tensor], received: list[Tensor], mu: float) -> Tensor:
-    """(mu / 2) ||w - w_g||^2; its gradient is mu (w - w_g)."""
-    squares = [(own - there).square().sum() for own, there in zip(parameters, received, strict=True)]
-    return mu / 2 * torch.stack(squares).sum()
 
 
 class FedProx(Method):
@@ -47,7 +41,7 @@ class FedProx(Method):
     settings: FedProxSettings
     _received: list[Tensor] | None = None
 
-    def round_start(self, model: nn.Module, received: Mapping[str, Tensor]) -> None:
+    def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         self._received = [parameter.detach().clone() for parameter in model.parameters()]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from heterosync.methods.paired import (
     paired_network,
     paired_partner_rows,
     paired_predict,
+    paired_terms,
 )
 from heterosync.training import Batch
 
@@ -50,6 +51,10 @@ class HSL(Method):
 
     def network(self, weights: str) -> nn.Module:
         return paired_network(self.settings, self.training, weights)
+
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss by the task that they come from."""
+        return paired_terms(self.settings, model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return paired_loss(self.settings, model, batch)

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, softplus
 
 from heterosync.methods.base import COMMON_LEAVES, Method, SampleWeights
 from heterosync.models.encoder import features
-from heterosync.training import Batch, setting
+from heterosync.training import Batch, Examples, setting
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Moon(Method):
     def shared_names(self, model: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in model.state_dict() if not name.startswith("previous."))
 
-    def round_start(self, model: nn.Module, received: Mapping[str, Tensor]) -> None:
+    def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         self._received = copy.deepcopy(model.net).requires_grad_(False).eval()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -70,7 +70,7 @@ class Moon(Method):
         loss = bce(model.net.fc(z).squeeze(1), batch.labels)
         return loss + self.settings.mu * contrast(z, received, previous, self.settings.temperature)
 
-    def round_end(self, model: nn.Module) -> None:
+    def round_end(self, model: nn.Module, examples: Examples) -> None:
         model.previous.load_state_dict(model.net.state_dict())
 
 

@@ -18,12 +18,11 @@ from heterosync.training.seeds import stream
 
 
 @dataclass(frozen=True)
-class MMoESettings(Settings):
-    """The two-task network (paper, Model development; details from the official code)."""
+class ExpertSettings(Settings):
+    """The part behind the encoders (paper, Model development; details from the official code)."""
 
     what: ClassVar[str] = "method"
 
-    temperature: float = setting(3.0, "[C] T = 3: divides the joint features before their softmax", low=1e-6)
     n_experts: int = setting(12, "[C]", low=1)
     expert_hidden: int = setting(62, "[C] as published, not 64", low=1)
     expert_out: int = setting(32, "[C]", low=1)
@@ -33,14 +32,29 @@ class MMoESettings(Settings):
 
 
 @dataclass(frozen=True)
-class PairedSettings(MMoESettings):
-    """The MMoE, its joint loss and its partner image (paper, Model development; details from the official code)."""
+class MMoESettings(ExpertSettings):
+    """The two-task network (paper, Model development; details from the official code)."""
 
-    loss_weights: tuple[float, float] = setting((0.5, 0.5), "[C] primary, anchor", low=0.0)
+    temperature: float = setting(3.0, "[C] T = 3: divides the joint features before their softmax", low=1e-6)
+
+
+@dataclass(frozen=True)
+class PartnerSettings(Settings):
+    """The second image of a score."""
+
+    what: ClassVar[str] = "method"
+
     test_partner: str = setting(
         "self", "[C] 2025 demo; sat_index: 2024 script; sat_mean [R]", choices=("self", "sat_index", "sat_mean")
     )
     n_partners: int = setting(16, "[R] partners of sat_mean", low=1)
+
+
+@dataclass(frozen=True)
+class PairedSettings(PartnerSettings, MMoESettings):
+    """The MMoE, its joint loss and its partner image (paper, Model development; details from the official code)."""
+
+    loss_weights: tuple[float, float] = setting((0.5, 0.5), "[C] primary, anchor", low=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,16 +77,17 @@ def paired_network(settings: MMoESettings, training: TrainingSettings, weights: 
     )
 
 
-def paired_loss(settings: PairedSettings, model: nn.Module, batch: Batch) -> Tensor:
-    """L = w_1 BCE(primary) + w_2 BCE(anchor) (official code); a task of weight 0 is left out, not multiplied by 0."""
+def paired_terms(settings: PairedSettings, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """w_1 BCE(primary) and w_2 BCE(anchor) (official code); a task of weight 0 is left out, not multiplied by 0."""
     logits = model(batch.images, batch.anchor_images)
     labels = (batch.labels, batch.anchor_labels)
-    terms = [
-        weight * bce(logit, label)
-        for weight, logit, label in zip(settings.loss_weights, logits, labels, strict=True)
-        if weight
-    ]
-    return torch.stack(terms).sum()
+    tasks = zip(("primary", "anchor"), settings.loss_weights, logits, labels, strict=True)
+    return {name: weight * bce(logit, label) for name, weight, logit, label in tasks if weight}
+
+
+def paired_loss(settings: PairedSettings, model: nn.Module, batch: Batch) -> Tensor:
+    """The sum of `paired_terms`."""
+    return torch.stack(list(paired_terms(settings, model, batch).values())).sum()
 
 
 def unpaired_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -86,7 +101,7 @@ def paired_predict(model: nn.Module, images: Tensor, partner: Tensor | str) -> T
 
 
 def paired_partner_rows(
-    settings: PairedSettings, training: TrainingSettings, n_images: int, n_anchor: int
+    settings: PartnerSettings, training: TrainingSettings, n_images: int, n_anchor: int
 ) -> np.ndarray | None:
     """Anchor rows of the setting `test_partner`, fixed by the seed and equal at every site (docs/hsl.md, The partner
     image).

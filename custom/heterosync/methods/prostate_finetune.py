@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from heterosync.errors import UserError
 from heterosync.methods.base import VOLUME_LEAVES, Method
-from heterosync.training import SEGMENTATION, Batch, Settings, VolumeSettings, setting
+from heterosync.training import SEGMENTATION, Batch, Examples, Settings, VolumeSettings, setting
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ProstateFinetune(Method):
             raise UserError(f"{line}: set training setting 'weights' to the name of its file, e.g. best_model.pt")
         return super().build_model(weights)
 
-    def round_start(self, model: nn.Module, received: Mapping[str, Tensor]) -> None:
+    def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         if self.settings.distillation and self._received is None:
             here = next(model.parameters()).device
             self._received = self.build_model().to(here).requires_grad_(False).eval()

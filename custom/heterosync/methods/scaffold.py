@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from heterosync.methods.base import COMMON_LEAVES, EqualWeights, Method
-from heterosync.training import setting
+from heterosync.training import Examples, setting
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Scaffold(Method):
     def shared_names(self, model: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in model.state_dict() if not name.startswith("own_control."))
 
-    def round_start(self, model: nn.Module, received: Mapping[str, Tensor]) -> None:
+    def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         common, own = _values(model.control), _values(model.own_control)
         self._shift = [there - here for there, here in zip(common, own, strict=True)]
         self._sum = [torch.zeros_like(value) for value in own]
@@ -78,7 +78,7 @@ class Scaffold(Method):
         torch._foreach_add_(gradients, self._shift)
         self._steps += 1
 
-    def round_end(self, model: nn.Module) -> None:
+    def round_end(self, model: nn.Module, examples: Examples) -> None:
         for total, common, own in zip(self._sum, _values(model.control), _values(model.own_control), strict=True):
             own.copy_(total / self._steps)
             common.copy_(own)  # what leaves the site

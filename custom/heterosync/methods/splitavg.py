@@ -180,7 +180,7 @@ class SplitAVG(Method):
             scale = torch.ldexp(scale, (_TOP - torch.frexp(gradient.abs().max()).exponent).clamp(max=100))
         return {"gradient": (gradient * scale).to(getattr(torch, self.settings.wire_dtype)), "scale": scale}
 
-    def server_memory(self) -> dict[str, Tensor]:
+    def server_memory(self, sites: tuple[str, ...]) -> dict[str, Tensor]:
         """The moments of the server's optimiser, where they outlive a round."""
         if not self.training.keep_moments or self.training.optimizer == "sgd":
             return {}

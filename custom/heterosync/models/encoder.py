@@ -74,9 +74,14 @@ def features(net: ResNet, images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
+def cached_file(name: str) -> Path:
+    """Where a weights file of this name lies on this machine, in torch's cache (it need not exist)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
 def cached_imagenet_file() -> Path:
     """Where torchvision keeps its ImageNet weights of ResNet18 on this machine (the file need not exist)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name
+    return cached_file(Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
 
 
 def resolved_weights(weights: str, backbone: str = "resnet18") -> str:
@@ -101,7 +106,7 @@ def named_file(weights: str) -> Path:
 
     Raises `UserError` when it is not there.
     """
-    path = Path(weights) if os.path.dirname(weights) else cached_imagenet_file().parent / weights
+    path = Path(weights) if os.path.dirname(weights) else cached_file(weights)
     if not path.is_file():
         hint = "put the file there, or use 'none'"
         raise UserError(f"setting 'weights' is '{weights}' but {path} does not exist: {hint}")

@@ -53,6 +53,8 @@ def export_model(model: Path | str | ModelFile, out: Path | str, partner: str | 
     scorer = Scorer(method, network, partner_images(method, file.assets, partner)).eval()
     size, channels = method.training.image_size, method.training.channels
     images = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scorer(images[:1])  # what a method reads only when it is needed is there before the program is traced
     program = torch.export.export(scorer, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
 
     difference = 0.0

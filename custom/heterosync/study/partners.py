@@ -29,7 +29,8 @@ def choose_partners(method: Method, anchor: Path | str) -> Tensor:
     """
     folder = Path(anchor)
     folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
-    pack = load_anchor(folder, method.training.image_size, method.training.channels)
+    training = method.training
+    pack = load_anchor(folder, training.image_size, training.channels, fit=training.fit)
     rows = stream(method.training.seed, "test partner").permutation(len(pack))
     return torch.from_numpy(pack.subset(rows[: getattr(method.settings, "n_partners", 16)]).pixels)
 

@@ -167,7 +167,7 @@ def _read(source: Source, method: Method, batch_size: int) -> Iterator[Tensor | 
 
     def read(name: str) -> Tensor | str:
         try:
-            pixels = to_size(source.reader.read(name), settings.image_size, settings.channels)
+            pixels = to_size(source.reader.read(name), settings.image_size, settings.channels, settings.fit)
         except UserError as error:
             return str(error)
         return torch.from_numpy(np.array(pixels)).float().div_(255).unsqueeze(0)

@@ -3,6 +3,7 @@
 from heterosync.training.batches import Batch
 from heterosync.training.classification import CLASSIFICATION
 from heterosync.training.evaluation import Evaluation, score
+from heterosync.training.examples import Examples
 from heterosync.training.loop import LocalTrainer, RoundResult
 from heterosync.training.metrics import binary_metrics
 from heterosync.training.precision import choose_precision
@@ -18,6 +19,7 @@ __all__ = [
     "Batch",
     "BestRound",
     "Evaluation",
+    "Examples",
     "LocalTrainer",
     "LoopSettings",
     "Plateau",

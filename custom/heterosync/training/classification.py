@@ -18,12 +18,13 @@ from heterosync.training.augment import augment, draw_augmentation
 from heterosync.training.batches import Batch, batch_bounds, plan_epoch
 from heterosync.training.checks import check_machine, check_trainable, split_rows
 from heterosync.training.evaluation import Evaluation, score
-from heterosync.training.feed import Feed
+from heterosync.training.examples import Examples
+from heterosync.training.feed import Feed, channels_last
 from heterosync.training.learner import Learner
 from heterosync.training.metrics import binary_metrics
 from heterosync.training.seeds import stream
 from heterosync.training.settings import TrainingSettings
-from heterosync.training.task import Examples, Task
+from heterosync.training.task import Task
 
 DIAGNOSTIC_ITEMS = 16
 
@@ -44,7 +45,7 @@ class Classification(Task):
 
     def load(self, folder: Any, settings: TrainingSettings, need_anchor: bool, pooled: bool) -> SiteData:
         read: Callable[..., SiteData] = load_pool if pooled else load_site
-        return read(folder, settings.image_size, settings.channels, need_anchor=need_anchor)
+        return read(folder, settings.image_size, settings.channels, need_anchor=need_anchor, fit=settings.fit)
 
     def open(
         self, learner: Learner, data: SiteData, site: str, device: torch.device, precision: str
@@ -84,19 +85,26 @@ class PictureExamples(Examples):
         self._device, self._precision = device, precision
         check_machine(site, device, precision)
         self._check_shapes()
-        self._primary = Feed(data.primary, device)
+        try:
+            self._primary = learner.feed(data.primary, device, data.cache)
+        except UserError as error:
+            raise UserError(f"site {site}: {error}") from error
         self._anchor = Feed(data.anchor, device) if data.anchor is not None else None
 
     def check_trainable(self) -> None:
-        if self._learner.uses_anchor and (self._data.anchor is None or not len(self._data.anchor)):
+        if self._learner.needs_anchor and (self._data.anchor is None or not len(self._data.anchor)):
             raise UserError(
                 f"site {self._site}: method '{self._learner.name}' needs the anchor pack: put it into anchor/"
             )
         check_trainable(self._site, self._data, CLASSIFICATION.items, 2)
 
-    def batches(self, round_: int, epoch: int) -> Iterator[Batch]:
+    @property
+    def count(self) -> int:
+        return len(self._data.splits["train"])
+
+    def chosen(self, round_: int, epoch: int, rows: np.ndarray) -> Iterator[Batch]:
         settings, anchor = self._learner.training, self._anchor if self._learner.uses_anchor else None
-        rows = self._data.splits["train"]
+        rows = self._data.splits["train"][rows]
         labels = self._data.primary.labels[rows]
         plan = plan_epoch(labels, len(anchor) if anchor else 0, settings, self._site, round_, epoch)
         shown = rows[plan.primary]
@@ -108,7 +116,7 @@ class PictureExamples(Examples):
             if settings.augment:
                 angles, flips = draws[name]
                 images = augment(images, angles[part], flips[part])
-            return images.contiguous(memory_format=torch.channels_last), feed.labels(rows[part])
+            return channels_last(images), feed.labels(rows[part])
 
         for start, stop in batch_bounds(len(plan), settings.batch_size):
             part = slice(start, stop)
@@ -118,11 +126,23 @@ class PictureExamples(Examples):
             else:
                 yield Batch(*first, *half(anchor, plan.anchor, part, "anchor"))
 
+    def training(self, size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        rows = self._data.splits["train"] if rows is None else self._data.splits["train"][rows]
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield Batch(channels_last(self._primary.batch(part)), self._primary.labels(part))
+
+    def anchor(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self._anchor or ()), size):
+            assert self._anchor is not None
+            part = np.arange(start, min(start + size, len(self._anchor)))
+            yield Batch(channels_last(self._anchor.batch(part)), self._anchor.labels(part))
+
     def sample(self) -> Batch:
         def some(feed: Feed, rows: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
             rng = stream(self._learner.training.seed, self._site, "diagnostics", name)
             rows = np.sort(rng.permutation(rows)[:DIAGNOSTIC_ITEMS])
-            return feed.batch(rows).contiguous(memory_format=torch.channels_last), feed.labels(rows)
+            return channels_last(feed.batch(rows)), feed.labels(rows)
 
         halves = some(self._primary, self._data.splits["train"], "primary")
         if self._learner.uses_anchor and self._anchor is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from heterosync import pulse
 from heterosync.data.images import Images
 from heterosync.errors import UserError
-from heterosync.training.feed import Feed
+from heterosync.training.feed import Feed, channels_last
 from heterosync.training.learner import Learner
 from heterosync.training.precision import autocast
 
@@ -64,7 +64,7 @@ def score(
             for start in range(0, len(rows), size):
                 pulse.beat()
                 part = slice(start, start + size)
-                batch = feed.batch(rows[part]).contiguous(memory_format=torch.channels_last)
+                batch = channels_last(feed.batch(rows[part]))
                 if partners is None:
                     probabilities = learner.predict(model, batch, "self").cpu().double()
                 else:

@@ -9,6 +9,11 @@ from torch import Tensor
 from heterosync.data.images import Images
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """Pictures (b, c, h, w) in the memory layout that networks are quickest on; features (b, d) as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
+
+
 class Feed:
     """Rows of one image set -> float32 (b, c, h, w) in [0, 1] on `device`.
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from heterosync.errors import UserError
 from heterosync.training.checks import check_shared
+from heterosync.training.examples import Outcome
 from heterosync.training.schedule import lr_at
 from heterosync.training.state import load_state, request_digest, save_state, snapshot
 from heterosync.training.steps import Steps, make_optimizer
-from heterosync.training.task import LocalData, Outcome, TaskLearner
+from heterosync.training.task import LocalData, TaskLearner
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class RoundResult:
     """What one round of one site made; only the shared part of `state` and allowed scalars of `metrics` may leave.
 
     `metrics`: val_auc_received, val_auc_best (both absent while a class is missing in the validation split; val_dice_…
-    where the task's metric is Dice), best_epoch (from 0), train_loss (mean of the best epoch), n_train, n_validation,
-    steps, seconds, and the method's diagnostics.
+    where the task's metric is Dice), best_epoch (from 0) and train_loss (mean of that epoch; both absent when the site
+    made no step), n_train, n_validation, steps, seconds, and the method's diagnostics.
     """
 
     round: int
@@ -116,7 +117,7 @@ class LocalTrainer:
         settings, method, start = self.method.training, self.method, time.perf_counter()
         if shared:
             self._receive(shared)
-        method.round_start(self.model, shared or {})
+        method.round_start(self.model, shared or {}, self._examples)
         received, _ = self.validation_score()
         self.received(round_, received)
         optimizer = make_optimizer(self.model, settings)
@@ -125,16 +126,19 @@ class LocalTrainer:
         steps = Steps(method, self.model, self.site, self.device, self.precision)
         trace = [entry for entry in (self._last or {}).get("trace", []) if entry[0] < round_]
         epochs: list[dict[str, Any]] = []
-        best: dict[str, Tensor] = {}
-        moments: dict[str, Any] | None = None
+        best: dict[str, Tensor] | None = None
+        moments: dict[str, Any] | None = self._last["moments"] if self._last is not None else None
         best_value, best_epoch, without_gain = -float("inf"), 0, 0
         score = f"val_{self.task.metric}"
-        for epoch in range(settings.local_epochs):
+        for epoch in range(settings.local_epochs if method.trains(self.model) else 0):
             began = time.perf_counter()
             lr = lr_at(round_ * settings.local_epochs + epoch, settings, [value for _, value in trace])
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            outcome = steps.run(self._examples.batches(round_, epoch), optimizer, round_, epoch)
+            batches = method.batches(self.model, self._examples, round_, epoch)
+            outcome = steps.run(batches, optimizer, round_, epoch)
+            if not outcome.steps:
+                break
             # where the network is cut, what the other half is by now is known after the round
             reached, val_loss = (None, 0.0) if method.split else self.validation_score()
             value = reached if reached is not None else -val_loss
@@ -149,14 +153,15 @@ class LocalTrainer:
             self._report(round_, epochs)
             if without_gain >= settings.patience and not method.split:
                 break
-        self.model.load_state_dict(best)
-        method.round_end(self.model)
+        if best is not None:
+            self.model.load_state_dict(best)
+            method.round_end(self.model, self._examples)
         best = snapshot(self.model)
+        chosen = {"best_epoch": best_epoch, "train_loss": epochs[best_epoch]["train_loss"]} if epochs else {}
         measured = {
             self.task.received: received,
-            self.task.best: epochs[best_epoch][score],
-            "best_epoch": best_epoch,
-            "train_loss": epochs[best_epoch]["train_loss"],
+            self.task.best: epochs[best_epoch][score] if epochs else received,
+            **chosen,
             "n_train": len(self.data.splits["train"]),
             "n_validation": len(self.data.splits["validation"]),
             "steps": sum(epoch["steps"] for epoch in epochs),

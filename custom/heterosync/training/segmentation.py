@@ -18,12 +18,13 @@ from heterosync.models.encoder import file_mark, named_file
 from heterosync.training.batches import Batch, batch_bounds
 from heterosync.training.checks import check_machine, check_trainable, split_rows
 from heterosync.training.dice import THRESHOLD, CaseScore, dice_coefficient, score_case, soft_dice_loss, summarise
+from heterosync.training.examples import Examples
 from heterosync.training.learner import Learner
 from heterosync.training.patches import Case, Patches
 from heterosync.training.precision import autocast
 from heterosync.training.seeds import stream
 from heterosync.training.stacked import apply_stack, draw_stack
-from heterosync.training.task import Examples, Task
+from heterosync.training.task import Task
 from heterosync.training.views import View, axial_view, views_file, write_views
 from heterosync.training.volume_settings import VolumeSettings
 
@@ -122,21 +123,31 @@ class VolumeExamples(Examples):
                 f"site {self._site}: the validation split is empty: add volumes, or lower folds in site.yaml"
             )
 
-    def batches(self, round_: int, epoch: int) -> Iterator[Batch]:
+    @property
+    def count(self) -> int:
+        return len(self._data.splits["train"])
+
+    def chosen(self, round_: int, epoch: int, rows: np.ndarray) -> Iterator[Batch]:
         """`crops` patches of each training case, in random order. A patch depends on its own stream, so the batch size
         changes how patches are grouped and nothing else."""
         settings = self._learner.training
         key = (settings.seed, self._site, round_, epoch)
-        items = [(row, crop) for row in self._data.splits["train"].tolist() for crop in range(settings.crops)]
+        items = [(row, crop) for row in self._data.splits["train"][rows].tolist() for crop in range(settings.crops)]
         order = stream(*key, "order").permutation(len(items))
         for start, stop in batch_bounds(len(items), settings.batch_size):
             chosen = [items[i] for i in order[start:stop]]
             yield self._batch([self._patch(row, (*key, row, crop), settings.augment) for row, crop in chosen])
 
-    def sample(self) -> Batch:
-        rows = self._data.splits["train"][:DIAGNOSTIC_PATCHES].tolist()
+    def training(self, size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """One patch of each training case, the same in every round."""
+        rows = self._data.splits["train"] if rows is None else self._data.splits["train"][rows]
         key = (self._learner.training.seed, self._site, "diagnostics")
-        return self._batch([self._patch(row, (*key, row), augmented=False) for row in rows])
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size].tolist()
+            yield self._batch([self._patch(row, (*key, row), augmented=False) for row in part])
+
+    def sample(self) -> Batch:
+        return next(self.training(DIAGNOSTIC_PATCHES))
 
     def validate(self, model: nn.Module) -> tuple[float | None, float]:
         """Mean Dice over cases, and 1 - it."""

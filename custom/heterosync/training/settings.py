@@ -160,6 +160,9 @@ class TrainingSettings(LoopSettings):
 
     image_size: int = setting(224, "[P] 224; pixels per side, aspect ratio not kept [C]", low=16, high=2048)
     channels: int = setting(3, "[C] RGB; 1 = grey [own]", low=1, high=3)
+    fit: str = setting(
+        "stretch", "[C] to a square; crop: the shorter side, then the middle [own]", choices=("stretch", "crop")
+    )
     backbone: str = setting(
         "resnet18", "[P]; resnet_tiny for the smoke profile [own]", choices=("resnet18", "resnet_tiny")
     )

@@ -67,7 +67,10 @@ class Steps:
     precision: str
 
     def run(self, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, round_: int, epoch: int) -> EpochOutcome:
-        """One pass over `batches`; dropout draws from a stream of (seed, site, round, epoch) alone."""
+        """One pass over `batches`; dropout draws from a stream of (seed, site, round, epoch) alone.
+
+        Raises `UserError` where no step can be made; without a batch there is none to make.
+        """
         torch.manual_seed(seed_of(self.learner.training.seed, self.site, round_, epoch, "dropout"))
         self.model.train()
         buffers = Buffers(self.model)
@@ -81,9 +84,9 @@ class Steps:
                     raise self._diverged(round_, f"{in_a_row} steps in a row")
                 continue
             total, items, steps, in_a_row = total + loss * count, items + count, steps + 1, 0
-        if not steps:
+        if skipped and not steps:
             raise self._diverged(round_, "every step of an epoch")
-        return EpochOutcome(total / items, steps, skipped)
+        return EpochOutcome(total / max(items, 1), steps, skipped)
 
     def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, buffers: Buffers) -> float | None:
         """One optimiser step; its loss, or None when loss or gradient were not finite: the model is then as before."""

@@ -8,8 +8,6 @@ outside asks which one it has.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from heterosync.data.site_yaml import SiteKeys
 from heterosync.training.batches import Batch
+from heterosync.training.examples import Examples
 from heterosync.training.learner import Learner
 from heterosync.training.settings import LoopSettings
 
@@ -36,43 +35,6 @@ class LocalData(Protocol):
 
     @property
     def config(self) -> SiteKeys: ...
-
-
-class Outcome(Protocol):
-    """Scores of one split: `metrics` by name (None: undefined) may be reported, the table of cases stays there."""
-
-    @property
-    def metrics(self) -> dict[str, float | None]: ...
-
-    def rows(self, split: str, model: str) -> list[list[Any]]:
-        """The rows of predictions.csv, under the task's `columns`."""
-
-    def keep(self, folder: Path, model: str) -> None:
-        """Write what else shall stay at the site beside that table, for the scores of `model`."""
-
-
-class Examples(ABC):
-    """One site's data as the loop sees it, on the training device."""
-
-    @abstractmethod
-    def check_trainable(self) -> None:
-        """Raises `UserError` where there is too little to train on; a site may also only evaluate."""
-
-    @abstractmethod
-    def batches(self, round_: int, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch; they depend on (seed, site, round, epoch) alone."""
-
-    @abstractmethod
-    def sample(self) -> Batch:
-        """A small batch that is the same in every round, for a method's diagnostics."""
-
-    @abstractmethod
-    def validate(self, model: nn.Module) -> tuple[float | None, float]:
-        """The task's metric on the validation split (None: undefined), and a loss to go by where it is undefined."""
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module, split: str) -> Outcome:
-        """All scores of a split. Raises `UserError` where they are not finite."""
 
 
 class Task(ABC):

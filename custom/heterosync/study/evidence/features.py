@@ -50,7 +50,7 @@ def run_features(model: Path | str, sites: Iterable[Path], points: int = POINTS,
     training = method.training
     images = {}
     for folder in sites:
-        data = load_site(folder, training.image_size, training.channels, need_anchor=False)
+        data = load_site(folder, training.image_size, training.channels, need_anchor=False, fit=training.fit)
         images[folder.name] = (data.primary, data.splits["test"])
     count = min([points, *(len(rows) for _, rows in images.values())])
     if not images or count < 2:

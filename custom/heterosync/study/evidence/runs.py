@@ -4,7 +4,6 @@ else."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from heterosync.errors import UserError
 from heterosync.federation.results import CROSS_SITE, HISTORY, MEAN, RUN, read_history
 from heterosync.federation.trainings import STORE
 from heterosync.files import read_json
-from heterosync.methods import get_method
+from heterosync.methods import METHODS, Method
 from heterosync.training import CLASSIFICATION, Task
 
 #: Which of the tested models speaks for a run, the first that is there: the chosen fusion, each site's own, the last
@@ -35,6 +34,11 @@ class Run:
     def status(self) -> str:
         status = str(self.info.get("status", "unknown"))
         return "still going or broken off" if status == "running" else status
+
+    @property
+    def method(self) -> type[Method] | None:
+        """What was trained; None where this version of heterosync does not know it."""
+        return method_of(self.info)
 
     @property
     def rounds_done(self) -> int:
@@ -88,11 +92,15 @@ class Run:
         ]
 
 
+def method_of(info: Mapping[str, Any]) -> type[Method] | None:
+    """The method of the run that run.json tells of; None where this version of heterosync does not know it."""
+    return next((method for method in METHODS if method.name == info.get("method")), None)
+
+
 def task_of(info: Mapping[str, Any]) -> Task:
     """The task of the run that run.json tells of; classification for a method that this version does not know."""
-    with suppress(UserError):
-        return get_method(str(info.get("method"))).task
-    return CLASSIFICATION
+    method = method_of(info)
+    return CLASSIFICATION if method is None else method.task
 
 
 def find_runs(path: Path | str) -> list[Path]:

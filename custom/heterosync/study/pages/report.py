@@ -77,6 +77,8 @@ def describe(run: Run) -> str:
     planned = f" of {run.rounds_planned}" if run.rounds_planned is not None else ""
     seconds = run.info.get("wall_seconds", 0)
     lines = [f"{run.label}: {run.status}, {run.rounds_done}{planned} rounds in {seconds:.0f} s ({run.folder})"]
+    if run.method is not None:
+        lines.append(f"  {run.method.title}, {run.method.status}: {run.method.citation}")
     if run.model:
         best = run.info.get("best_round") if run.model == "best" else None
         lines.append(f"  tested model: {run.model}" + (f", after {best} rounds" if best is not None else ""))
@@ -109,6 +111,7 @@ def report_dict(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "label": run.label,
             "folder": str(run.folder),
             "status": run.status,
+            "method_status": run.method.status if run.method is not None else None,
             "rounds_done": run.rounds_done,
             "rounds_planned": run.rounds_planned,
             "tested_model": run.model,

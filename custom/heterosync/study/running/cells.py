@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from heterosync.data.anchor import read_anchor_info, write_anchor
+from heterosync.data.anchor_controls import controlled
 from heterosync.data.anchor_tables import (
     AnchorRow,
     anchors_of_sites,
@@ -249,17 +252,19 @@ class StudyData:
         if anchor["kind"] == "pack":
             return Path(self._path(anchor["path"]))
         if anchor["kind"] == "table":
-            return write_anchors(cell.anchors, folder, self._opener(cell, anchor), cell.seed, anchor.get("size"))
-        pack = folder / "anchor"
+            opener, size = self._opener(cell, anchor), anchor.get("size")
+            return write_anchors(cell.anchors, folder, opener, cell.seed, size, anchor.get("control"))
         if anchor["kind"] == SYNTHETIC:
-            labels = [0] * (cell.n_anchor // 2) + [1] * (cell.n_anchor // 2)
-            images = synthetic_images(ANCHOR_DOMAIN, labels, cell.seed, self._anchor_spec())
-            write_anchor(pack, images, labels, "synthetic chest opacity", *ANCHOR_CLASSES)
-            return pack
-        drawn = draw_balanced(self._anchor_source(anchor), cell.n_anchor // 2, cell.seed)
-        name = f"{drawn.name}: {drawn.classes[0]} or {drawn.classes[1]}"
-        write_anchor(pack, [drawn.image(i) for i in range(len(drawn))], drawn.labels, name, *drawn.classes)
-        return pack
+            labels = np.repeat([0, 1], cell.n_anchor // 2)
+            images = list(synthetic_images(ANCHOR_DOMAIN, labels.tolist(), cell.seed, self._anchor_spec()))
+            name, classes = "synthetic chest opacity", ANCHOR_CLASSES
+        else:
+            drawn = draw_balanced(self._anchor_source(anchor), cell.n_anchor // 2, cell.seed)
+            images, labels, classes = [drawn.image(i) for i in range(len(drawn))], drawn.labels, drawn.classes
+            name = f"{drawn.name}: {classes[0]} or {classes[1]}"
+        images, labels, name = controlled(images, labels, name, anchor.get("control"), cell.seed)
+        write_anchor(folder / "anchor", images, labels, name, *classes)
+        return folder / "anchor"
 
     def _anchor_spec(self) -> SyntheticSpec:
         return self._spec if self.plan.synthetic else SyntheticSpec(image_size=self.plan.image_size())
@@ -267,7 +272,7 @@ class StudyData:
     def _anchor_source(self, anchor: dict[str, Any]) -> Collection:
         key = digest_of(anchor)
         if key not in self._opened:
-            options = {n: v for n, v in anchor.items() if n not in ("path", "per_class", "format", "kind")}
+            options = {n: v for n, v in anchor.items() if n not in ("path", "per_class", "format", "kind", "control")}
             path = self._path(anchor["path"])
             self._opened[key] = open_collection(path, kind=anchor.get("format"), **options)
         return self._opened[key]

@@ -67,7 +67,8 @@ def _unseen_scores(model: Path, name: str, folder: Path, origin: Origin) -> Iter
     file = load_model(model)
     method, network = file.build()
     settings = method.training
-    site = load_site(folder, settings.image_size, settings.channels, need_anchor=method.uses_anchor)
+    frame = (settings.image_size, settings.channels)
+    site = load_site(folder, *frame, need_anchor=method.uses_anchor, fit=settings.fit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = site.splits["test"]
     scores = score(method, network.to(device), site.primary, site.anchor, rows, device)

@@ -211,8 +211,8 @@ class Plan:
             if scenario.anchor or self.anchor:
                 continue
             for entry in self.methods_in(scenario):
-                if entry.made({**self.common(), **entry.training}).uses_anchor:
-                    line = f"method {entry.label} needs an anchor task, and scenario {scenario.name} has none"
+                if entry.made({**self.common(), **entry.training}).needs_anchor:
+                    line = f"method {entry.label} needs an anchor pack, and scenario {scenario.name} has none"
                     problems.append(f"{line}: name an anchor pack with anchor: …, or write anchor: synthetic")
                     break
             if self.counts_steps(scenario):

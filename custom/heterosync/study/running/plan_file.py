@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from heterosync.data.anchor_controls import CONTROLS
 from heterosync.data.scenario_tables import read_table, table_levels
 from heterosync.errors import UserError, closest, nearest
 from heterosync.study.running.plan import BOTH, KEEP, SYNTHETIC, AnyPlan, Plan, ScenarioEntry
@@ -22,9 +23,9 @@ _COLUMNS = ("image_column", "label_column", "patient_column", "domain_column")
 SOURCE_KEYS = ("path", "kind", "negative", "positive", *_COLUMNS)
 SYNTHETIC_KEYS = ("kind", "image_size", "visibility", "noise", "variation")
 ANCHOR_KEYS = {
-    "synthetic": ("kind", "per_class"),
-    "table": ("table", "sources", "size"),
-    "source": (*SOURCE_KEYS, "per_class"),
+    "synthetic": ("kind", "per_class", "control"),
+    "table": ("table", "sources", "size", "control"),
+    "source": (*SOURCE_KEYS, "per_class", "control"),
 }
 
 
@@ -140,6 +141,8 @@ class PicturePlanReader(PlanReader):
         self._keys(key, table, ANCHOR_KEYS[kind])
         if kind == "source" and not isinstance(table.get("path"), str):
             self.problems.append(f"{key} names no path: write synthetic, a pack's path, or path: … of a source")
+        if "control" in table:
+            self._choice(f"{key}, control", table["control"], tuple(CONTROLS))
         per_class = table.get("per_class", 1)
         if not whole_number(per_class) or per_class < 1:
             self.problems.append(f"{key}, per_class is {per_class!r}: it must be a whole number from 1")

@@ -1,0 +1,89 @@
+"""What the variants of HSL share: the weight of the anchor task over the rounds, the network with one encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+from heterosync.methods.paired import ExpertSettings
+from heterosync.models.mechanism import coupling
+from heterosync.models.shared import SharedMMoE
+from heterosync.training import Batch, Settings, TrainingSettings, setting
+
+
+@dataclass(frozen=True)
+class AnchorSettings(Settings):
+    """How much the anchor task counts beside the primary one, whose weight is 1."""
+
+    what: ClassVar[str] = "method"
+
+    anchor_weight: float = setting(1.0, "[own] as much as the primary task, as in HSL", low=0.0)
+    anchor_schedule: str = setting("constant", "[own]", choices=("constant", "rising", "falling"))
+    anchor_rounds: int = setting(10, "[own] rounds in which the weight rises from 0 or falls to 0", low=1)
+
+    def idle(self) -> dict[str, str]:
+        if self.anchor_schedule != "constant":
+            return super().idle()
+        return {**super().idle(), "anchor_rounds": "anchor_schedule=rising or falling"}
+
+
+@dataclass(frozen=True)
+class SharedSettings(AnchorSettings, ExpertSettings):
+    """The network with one encoder and the weight of its anchor task."""
+
+    statistics: str = setting(
+        "task", "[own] BatchNorm's: of each task, or of both together", choices=("task", "shared")
+    )
+
+
+def anchor_weight(settings: AnchorSettings, round_: int) -> float:
+    """The weight of the anchor task in a round, counted from 0.
+
+    constant a; rising a min(1, (r + 1) / R); falling a max(0, 1 - r / R), R = `anchor_rounds`.
+    """
+    share = {
+        "constant": 1.0,
+        "rising": min(1.0, (round_ + 1) / settings.anchor_rounds),
+        "falling": max(0.0, 1 - round_ / settings.anchor_rounds),
+    }
+    return settings.anchor_weight * share[settings.anchor_schedule]
+
+
+def anchored_terms(logits: Sequence[Tensor], batch: Batch, weight: float) -> dict[str, Tensor]:
+    """BCE of the primary task and `weight` times that of the anchor task (left out where it is 0), to be added up."""
+    terms = {"primary": bce(logits[0], batch.labels)}
+    if weight:
+        assert batch.anchor_labels is not None
+        terms["anchor"] = weight * bce(logits[1], batch.anchor_labels)
+    return terms
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def shared_network(settings: SharedSettings, training: TrainingSettings, weights: str) -> SharedMMoE:
+    return SharedMMoE(
+        training.backbone,
+        training.channels,
+        weights,
+        settings.statistics,
+        settings.n_experts,
+        settings.expert_hidden,
+        settings.expert_out,
+        settings.tower_hidden,
+        settings.drop_expert,
+        settings.drop_tower,
+    )
+
+
+def shared_diagnostics(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """The gradients of both tasks on the encoder, and the mixture's share of tower 1's input."""
+    if not isinstance(model, SharedMMoE) or batch.anchor_images is None or batch.anchor_labels is None:
+        return {}
+    return coupling(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)

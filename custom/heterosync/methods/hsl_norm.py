@@ -1,0 +1,100 @@
+"""HSL's network with a joint embedding of unit scale, through which gradients of the anchor task pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from heterosync.methods.anchored import AnchorSettings, anchor_weight, anchored_terms, total
+from heterosync.methods.base import COMMON_LEAVES, Method, Partner
+from heterosync.methods.paired import (
+    ExpertSettings,
+    PartnerSettings,
+    paired_diagnostics,
+    paired_partner_rows,
+    paired_predict,
+)
+from heterosync.models.shared import NormedMMoE
+from heterosync.training import Batch, setting
+from heterosync.training.examples import Examples
+
+
+@dataclass(frozen=True)
+class HSLNormSettings(PartnerSettings, AnchorSettings, ExpertSettings):
+    what: ClassVar[str] = "hsl_norm"
+
+    embedding: str = setting("layernorm", "[own]", choices=("layernorm", "scaled"))
+    gate_temperature: float = setting(3.0, "[own] HSL's T, on the gates' logits", low=1e-6)
+    test_partner: str = setting(
+        "sat_mean", "[own] the partners of training; self is another", choices=("self", "sat_index", "sat_mean")
+    )
+    n_partners: int = setting(4, "[own] partners of sat_mean", low=1)
+
+
+class HSLNorm(Method):
+    """A variant of Hu et al. 2025 (docs/anchor.md).
+
+        site k:  w_k <- local epochs of BCE(p_1, y) + a(r) BCE(p_2, y_anchor) from w      server:  w <- (1/K) sum w_k
+
+    HSL's network with the same tensors; only the joint embedding differs (models/shared.py): `layernorm`, or the
+    published softmax times its length, in place of entries near 1/1024; the temperature divides the gates' logits. The
+    partner image counts here, so that scores are taken with anchor images as partners, as in training.
+    a(r): `anchor_weight` with its schedule over the rounds. Sent: every tensor, 90.6 MiB per round with ResNet18.
+
+    Degenerates: with `embedding` scaled and `gate_temperature` 1 into HSL of temperature 1 whose embedding is
+    multiplied by its length; with `anchor_weight` 0 the second branch gets its gradients from the primary task alone.
+    """
+
+    name = "hsl_norm"
+    title = "HSL, normed embedding"
+    status = "variant"
+    citation = "this project, after Hu et al., Nat. Commun. 16, 9416 (2025)"
+    leaves = (
+        "W1: all tensors of the two-task network (weights, BatchNorm statistics and counters)",
+        *COMMON_LEAVES,
+    )
+    uses_anchor = True
+    Settings = HSLNormSettings
+    settings: HSLNormSettings
+    _round = 0
+
+    def network(self, weights: str) -> nn.Module:
+        s = self.settings
+        return NormedMMoE(
+            self.training.backbone,
+            self.training.channels,
+            weights,
+            s.gate_temperature,
+            s.n_experts,
+            s.expert_hidden,
+            s.expert_out,
+            s.tower_hidden,
+            s.drop_expert,
+            s.drop_tower,
+            embedding=s.embedding,
+        )
+
+    def batches(self, model: nn.Module, examples: Examples, round_: int, epoch: int) -> Iterator[Batch]:
+        self._round = round_
+        return examples.batches(round_, epoch)
+
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss by the task that they come from."""
+        weight = anchor_weight(self.settings, self._round)
+        return anchored_terms(model(batch.images, batch.anchor_images), batch, weight)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return total(self.terms(model, batch))
+
+    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
+        return paired_predict(model, images, partner)
+
+    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
+        return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
+
+    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        return paired_diagnostics(model, batch)
