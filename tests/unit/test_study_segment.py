@@ -140,8 +140,8 @@ def test_nothing_is_written_where_a_scan_is_bad(
     assert len(lines) == 2 and "constant.nii.gz: every voxel is 7" in lines[0] and "nan.nii.gz: has NaN" in lines[1]
     cut = save_nifti(folder / "cut.nii.gz", scan(1))
     cut.write_bytes(cut.read_bytes()[:600])
-    save_nifti(folder / "flat.nii.gz", scan()[:, :, 0])
-    save_nifti(folder / "four.nii.gz", np.stack([scan(), scan()], -1))
+    save_nifti(folder / "flat.nii.gz", scan()[:, :, 0], np.eye(4))
+    save_nifti(folder / "four.nii.gz", np.stack([scan(), scan()], -1), LPS)
     save_series(folder / "gap", scan(), LPS)
     (folder / "gap" / "003.dcm").unlink()
     (folder / "good.nii").write_bytes(b"")

@@ -272,6 +272,16 @@ def test_costs_methods_and_settings_are_told(report: Path) -> None:
     assert len(table(report, "costs.csv")) == 6 and not table(report, "missing.csv")
 
 
+def test_test_cases_are_shown_with_both_contours(study: Path, report: Path) -> None:
+    text = (report / "index.html").read_text(encoding="utf-8")
+    assert "Test cases as prostate_ahnet segments them" in text and "best: Dice" in text and "worst: Dice" in text
+    kept = study / RUNS / "prostate_ahnet-ensemble/results/views"
+    assert {path.name for path in kept.iterdir()} == {"north", "south", "unseen"}
+    tested = {(row["site"], row["case"]) for row in table(report, "cases.csv") if row["model"] == "prostate_ahnet"}
+    shown = [f"{site}: {case}" for site, case in tested if f"{site}: {case}" in text]
+    assert len(shown) == min(3, len(tested))
+
+
 def test_missing_folds_are_named_and_the_rest_is_told(study: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
     (copy / RUNS / "prostate_private-fold2/done.json").unlink()

@@ -22,6 +22,7 @@ from heterosync.study.table import number, with_interval
 from heterosync.training import CLASSIFICATION, SEGMENTATION, Task
 
 Say = Callable[[str], None]
+_CAVEAT = "not a test where the model was trained on some of them"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,6 @@ def _segment_volumes(
 def _export_program(files: Sequence[ModelFile], out: Path, partner: str | None = None) -> dict[str, object]:
     return export_model(_only(files), out, partner)
 
-
-_CAVEAT = "not a test where the model was trained on some of them"
 
 USES: dict[Task, Use] = {
     CLASSIFICATION: Use(_score_pictures, _export_program),
