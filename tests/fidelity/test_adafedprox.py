@@ -17,9 +17,9 @@ from heterosync.federation.runner import run_inprocess
 from heterosync.federation.server import memory_of
 from heterosync.methods import make_method
 from heterosync.methods.adafedprox import observations, validation_accuracy
-from heterosync.methods.labels import label_entropy
 from heterosync.methods.agent import Agent
 from heterosync.methods.answer import Answer
+from heterosync.methods.labels import label_entropy
 from method_toys import last, own, same
 from toys import SMOKE
 
