@@ -20,6 +20,7 @@ from heterosync.methods import make_method
 from heterosync.methods.answer import Answer
 from heterosync.methods.fedtp import EMBEDDING, HYPER, MOMENTUM, FedTP
 from heterosync.models.vit import HyperNetwork, ViT, qkv_names
+from heterosync.study.export import export_model
 from heterosync.training import LocalTrainer
 from method_toys import last, same
 from toys import SMALL
@@ -211,7 +212,7 @@ def test_a_training_goes_on_with_the_sites_that_it_began_with():
 # -- whose model -------------------------------------------------------------------------------------------------------
 
 
-def test_a_site_is_tested_with_the_attention_that_it_was_sent(smoke_run):
+def test_a_site_is_tested_with_the_attention_that_it_was_sent(smoke_run, tmp_path):
     done = smoke_run("fedtp", SMALL["fedtp"])
     files = {site: load_model(done.folder / "sites" / site / "own_best.pt") for site in SITES}
     models = {site: file.build()[1].state_dict() for site, file in files.items()}
@@ -220,6 +221,8 @@ def test_a_site_is_tested_with_the_attention_that_it_was_sent(smoke_run):
     with pytest.raises(UserError, match=r"it is only what the sites share: take a site's own own_best\.pt"):
         best.build()
     best.check_shared()  # yet a training may go on from it
+    program = export_model(done.folder / "sites" / "site-a" / "own_best.pt", tmp_path / "model.pt2")
+    assert program["largest_difference"] < 1e-5 and program["output"].startswith("float32")
     assert {row[0] for row in read_history(done.folder) if row[2] == "val_auc_received"} == {0, 1, 2}
 
 

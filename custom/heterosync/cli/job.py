@@ -152,7 +152,8 @@ def _choices(name: str) -> dict[str, list[str]]:
 
 def _describe(arguments: argparse.Namespace) -> None:
     from heterosync.methods.base import STATUS
-    from heterosync.study.method_table import amount, method_facts, sent
+    from heterosync.methods.traffic import amount
+    from heterosync.study.method_table import method_facts, sent
 
     facts = dict(method_facts(arguments.method))
     facts["settings"] = _settings_of(arguments.method)

@@ -41,6 +41,8 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     parts = "an executor, an outbound filter, a controller, an\naggregator and a persistor"
     fused = f"Fusion weights: {method.weighting}"
     classes = "W0 are scalars, W1 weights, W2 summary statistics of private data"
+    if any(line.startswith("W4") for line in method.leaves):
+        classes += ", W4 synthetic\nimages or their generator"
     if method.split:
         fused = "No weights are fused: the server trains its half on the\nbatches of all sites, which are of one size"
         classes += ", W3 activations and labels of single\nimages"

@@ -102,7 +102,8 @@ class Clip(Method):
     def in_words(self) -> str:
         if self._shape is None:
             return f"a head on a stand-in for CLIP's encoder (not CLIP) at {self.training.image_size} px"
-        return f"a head on CLIP's frozen {self.settings.clip_model} at {self.training.image_size} px"
+        kind, size = self.settings.clip_model, self.training.image_size
+        return f"a head on CLIP's frozen {kind} at {size} px,\nwhose file `{self._name}` every site has in torch's cache"
 
     # -- the encoder ---------------------------------------------------------------------------------------------------
 
@@ -116,9 +117,12 @@ class Clip(Method):
             )
         return found
 
+    @property
+    def _name(self) -> str:
+        return self.settings.file or f"{self.settings.clip_model.replace('/', '-')}.pt"
+
     def _file(self) -> Path:
-        kind = self.settings.clip_model
-        path = cached_file(self.settings.file or f"{kind.replace('/', '-')}.pt")
+        kind, path = self.settings.clip_model, cached_file(self._name)
         if not path.is_file():
             raise UserError(
                 f"method clip needs the file of CLIP's {kind}, and {path} does not exist: put it there, name another "

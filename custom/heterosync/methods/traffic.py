@@ -38,7 +38,7 @@ def amount(size: float) -> str:
 
 
 def traffic(method: Method, model: nn.Module) -> str:
-    """In words, what one site sends: "42.7 MiB" or "312 bytes" per round, "0.38 MiB per image and epoch", "nothing"."""
+    """In words, what one site sends: "42.7 MiB" or "32 bytes" per round, "0.38 MiB per image and epoch", "nothing"."""
     image, round_ = bytes_per_image(method, model), bytes_per_round(method, model)
     if image:
         return f"{image / 2**20:.2f} MiB per image and epoch"

@@ -69,7 +69,7 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(images), -1, -1), tokens], 1) + self.positions
+        tokens = torch.cat([self.token.expand(images.shape[0], -1, -1), tokens], 1) + self.positions
         return self.fc(self.norm(self.blocks(self.dropout(tokens))[:, 0])).squeeze(1)
 
 

@@ -57,6 +57,8 @@ def export_model(model: Path | str | ModelFile, out: Path | str, partner: str | 
         scorer(images[:1])  # what a method reads only when it is needed is there before the program is traced
     program = torch.export.export(scorer, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
 
+    with torch.inference_mode():
+        kind = str(scorer(images).dtype).removeprefix("torch.")
     difference = 0.0
 
     def write_and_compare(path: Path) -> None:
@@ -73,7 +75,7 @@ def export_model(model: Path | str | ModelFile, out: Path | str, partner: str | 
         "file": str(path),
         "method": file.method,
         "input": f"float32 (batch, {channels}, {size}, {size}), values 0 to 1",
-        "output": f"float32 (batch,), probability of '{file.labels[-1] if file.labels else 1}'",
+        "output": f"{kind} (batch,), probability of '{file.labels[-1] if file.labels else 1}'",
         "partner": partner if method.uses_anchor else "none",
         "largest_difference": difference,
         "read_with": "torch.export.load(file).module()",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from heterosync.errors import UserError
-from heterosync.methods import get_method
+from heterosync.methods import make_method
 from heterosync.study.evidence.comparisons import Comparisons, Pair
 from heterosync.study.evidence.measures import MEAN_PROBABILITY, Summary
 from heterosync.study.evidence.outcomes import AnyOutcome
@@ -194,7 +194,8 @@ def method_rows(outcomes: Iterable[AnyOutcome]) -> Rows:
     rows = []
     for label, outcome in {one.label: one for one in outcomes}.items():
         try:
-            method = get_method(outcome.spec.method)
+            chosen = outcome.spec.settings  # a setting can change what the method is called
+            method = make_method(outcome.spec.method, chosen.get("method"), chosen.get("training"))
             facts = [method.title, method.status, method.citation, "each site's own" if method.personal else "one"]
         except UserError:
             facts = ["not known to this version of heterosync", "unknown", "", ""]
