@@ -96,7 +96,7 @@ def test_the_generators_step_is_adams_with_the_copys_gradients_added():
             inner.zero_grad()
             value = loss(fast(z), y)
             value.backward()
-            seen.append(float(value))
+            seen.append(value.item())
             total.append([p.grad.clone() for p in fast.parameters()])
             inner.step()
     finally:

@@ -102,8 +102,8 @@ class Clip(Method):
     def in_words(self) -> str:
         if self._shape is None:
             return f"a head on a stand-in for CLIP's encoder (not CLIP) at {self.training.image_size} px"
-        kind, size = self.settings.clip_model, self.training.image_size
-        return f"a head on CLIP's frozen {kind} at {size} px,\nwhose file `{self._name}` every site has in torch's cache"
+        head = f"a head on CLIP's frozen {self.settings.clip_model} at {self.training.image_size} px"
+        return f"{head},\nwhose file `{self._name}` every site has in torch's cache"
 
     # -- the encoder ---------------------------------------------------------------------------------------------------
 
