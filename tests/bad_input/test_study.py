@@ -19,7 +19,7 @@ PLAN = {
 }
 
 CASES = {
-    "a plan that is absent": ({}, "run {tmp}/none.yaml", "neither a plan file nor a preset", "demo, paper, small"),
+    "a plan that is absent": ({}, "run {tmp}/none.yaml", "neither a plan file nor a preset", "demo, paper, prostate"),
     "an unknown preset": ({}, "run demmo", "did you mean 'demo'"),
     "an unknown method": ({"methods": ["fedvag"]}, "run {plan}", "did you mean 'fedavg'"),
     "an unknown scenario": ({"scenarios": ["combind"]}, "run {plan}", "did you mean 'combined'"),

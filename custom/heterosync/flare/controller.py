@@ -177,7 +177,7 @@ class HeteroSyncController(SupervisedRounds):
         return problems
 
     def _checked_in(self, reports: dict[str, dict[str, Any]]) -> None:
-        self.aggregator.reports = reports
+        self.aggregator.reports = {site: report for site, report in reports.items() if site not in self._receivers}
 
     # -- a round -------------------------------------------------------------------------------------------------------
 

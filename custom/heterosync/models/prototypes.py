@@ -126,13 +126,14 @@ def align(
     """
     transformer.train()
     optimizer = torch.optim.Adam(transformer.parameters(), lr)
-    classes, parts = prototypes.shape[1], math.ceil(len(prototypes) / batch)
+    # No part of one prototype alone: batch statistics need two.
+    classes, parts = prototypes.shape[1], max(1, min(math.ceil(len(prototypes) / batch), len(prototypes) // 2))
     with torch.no_grad():
         centres = class_means(transformer(prototypes), labels, classes)
     trace = []
     for _ in range(epochs):
         total = 0.0
-        for rows in torch.randperm(len(prototypes), generator=generator).chunk(parts):
+        for rows in torch.randperm(len(prototypes), generator=generator).tensor_split(parts):
             mapped = transformer(prototypes[rows])
             apart = discrepancy(mapped, home(batch))
             optimizer.zero_grad(set_to_none=True)
