@@ -87,14 +87,15 @@ PICTURES = [method.name for method in METHODS if method.task is CLASSIFICATION]
 def test_a_docstring_tells_bytes_and_when_it_is_another_method(method):
     text = " ".join((method.__doc__ or "").split())
     made = make_method(method.name, None, settings(backbone="resnet18") if method.name in PICTURES else None)
-    size = bytes_per_round(made, made.build_model())
+    size = bytes_per_round(made, made.build_model("none"))
     if size:
         assert amount(size) in text, f"it is {amount(size)}"
     assert "Degenerates: " in text and "Sent: " in text or method.name == "central"
 
 
-#: BatchNorm's running statistics lag behind for more than the six epochs of two rounds; distillation slows learning.
-LONGER: dict[str, dict] = {"hsl_shared": {"rounds": 4}, "hsl_distill": {"rounds": 6}}
+#: BatchNorm's running statistics lag behind for more than the six epochs of two rounds; distillation slows learning, and
+#: so does training on the few images that are hard.
+LONGER: dict[str, dict] = {"hsl_shared": {"rounds": 4}, "hsl_distill": {"rounds": 6}, "feddys": {"rounds": 12}}
 
 
 @pytest.mark.parametrize("name", PICTURES)
