@@ -93,8 +93,8 @@ def test_a_docstring_tells_bytes_and_when_it_is_another_method(method):
     assert "Degenerates: " in text and "Sent: " in text or method.name == "central"
 
 
-#: BatchNorm's running statistics lag behind for more than the six epochs of two rounds; distillation slows learning, and
-#: so does training on the few images that are hard.
+#: BatchNorm's running statistics lag behind for more than the six epochs of two rounds; distillation slows learning,
+#: and so does training on the few images that are hard.
 LONGER: dict[str, dict] = {"hsl_shared": {"rounds": 4}, "hsl_distill": {"rounds": 6}, "feddys": {"rounds": 12}}
 
 
