@@ -174,7 +174,7 @@ def test_a_job_may_pin_the_file(tower):
     ("change", "cause"),
     [
         ({"clip_model": "ViT-B/16"}, "known: ViT-B/32, ViT-L/14, stand-in"),
-        ({"file": "/home/me/ViT-B-32.pt"}, "give a name in torch's cache, not a path"),
+        ({"file": "models/ViT-B-32.pt"}, "give a name in torch's cache, not a path"),
         ({"sha256": "ABC"}, "12 to 64 hexadecimal digits"),
         ({**STAND_IN, "activation": "gelu"}, "counts only with a clip_model of CLIP"),
         ({**STAND_IN, "file": "a.pt"}, "counts only with a clip_model of CLIP"),
