@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from heterosync.data.site_yaml import CONFIG, Convert, SiteKeys, parse_keys, text, whole
-from heterosync.data.tables import read_csv
+from heterosync.data.tables import Table, read_csv
 from heterosync.errors import ProblemList, UserError, nearest
 
 MANIFEST = "manifest.csv"
@@ -107,20 +107,11 @@ def read_manifest(folder: Path | str, config: SiteConfig) -> list[Row]:
 def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], list[str]]:
     """The good rows of the manifest and one line for each problem; labels are not judged where the configured ones are
     empty (see `parse_site_config`)."""
-    try:
-        table = read_csv(Path(folder) / MANIFEST, MANIFEST)
-    except UserError as error:
-        return [], [str(error)]
-    problems = column_problems(table.header, config)
-    if problems:
+    table, problems = manifest_table(folder, config, "image")
+    if table is None:
         return [], problems
-    if not table.rows:
-        return [], [f"{MANIFEST}: no row below the header: write one row per image"]
-
     rows = []
     cells = list(table.records())
-    for column in (config.patient_column, config.split_column):
-        problems += partly_filled(cells, column)
     for (line, row), (_, values) in zip(cells, table.rows, strict=True):
         image, wrong = image_name(row.get(config.image_column, ""))
         label = row.get(config.label_column, "")
@@ -139,6 +130,21 @@ def parse_manifest(folder: Path | str, config: SiteConfig) -> tuple[list[Row], l
             positive = label == config.labels[1]
             rows.append(Row(line, image, int(positive), row.get(config.patient_column) or None, split))
     return rows, problems
+
+
+def manifest_table(folder: Path | str, config: Any, item: str) -> tuple[Table | None, list[str]]:
+    """The manifest's table, None where there is none to go by, and a line for each problem of its columns; `item`: what
+    a row stands for."""
+    try:
+        table = read_csv(Path(folder) / MANIFEST, MANIFEST)
+    except UserError as error:
+        return None, [str(error)]
+    if problems := column_problems(table.header, config):
+        return None, problems
+    if not table.rows:
+        return None, [f"{MANIFEST}: no row below the header: write one row per {item}"]
+    cells = list(table.records())
+    return table, [line for c in (config.patient_column, config.split_column) for line in partly_filled(cells, c)]
 
 
 def partly_filled(cells: Sequence[tuple[int, dict[str, str]]], column: str) -> list[str]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterosync.data.site import MANIFEST, column_problems, image_name, partly_filled
+from heterosync.data.site import MANIFEST, image_name, manifest_table
 from heterosync.data.site_yaml import CONFIG, VOLUMES, Convert, SiteKeys, parse_keys, whole
-from heterosync.data.tables import Table, read_csv
-from heterosync.errors import UserError, nearest
+from heterosync.data.tables import Table
+from heterosync.errors import nearest
 
 SPLITS = ("train", "test")  # a fold of the training cases is the validation set
 
@@ -65,18 +65,10 @@ def parse_volume_manifest(folder: Path | str, config: VolumeConfig) -> tuple[lis
 
     With a fold column and no split column, cases without a fold are the held-out test cases.
     """
-    try:
-        table = read_csv(Path(folder) / MANIFEST, MANIFEST)
-    except UserError as error:
-        return [], [str(error)]
-    problems = column_problems(table.header, config)
-    if problems:
+    table, problems = manifest_table(folder, config, "case")
+    if table is None:
         return [], problems
-    if not table.rows:
-        return [], [f"{MANIFEST}: no row below the header: write one row per case"]
     cells = list(table.records())
-    for column in (config.patient_column, config.split_column):
-        problems += partly_filled(cells, column)
     rows = []
     folded = any(row.get(config.fold_column) for _, row in cells)
     seen: dict[str, int] = {}

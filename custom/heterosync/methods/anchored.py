@@ -73,12 +73,7 @@ def shared_network(settings: SharedSettings, training: TrainingSettings, weights
         training.channels,
         weights,
         settings.statistics,
-        settings.n_experts,
-        settings.expert_hidden,
-        settings.expert_out,
-        settings.tower_hidden,
-        settings.drop_expert,
-        settings.drop_tower,
+        **settings.mixture(),
     )
 
 

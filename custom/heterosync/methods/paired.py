@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ class ExpertSettings(Settings):
     tower_hidden: int = setting(16, "[C]", low=1)
     drop_expert: float = setting(0.3, "[C]", low=0.0, high=0.99)
     drop_tower: float = setting(0.4, "[C]", low=0.0, high=0.99)
+
+    def mixture(self) -> dict[str, Any]:
+        """These settings alone, by name: arguments of the networks."""
+        return {item.name: getattr(self, item.name) for item in fields(ExpertSettings)}
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,7 @@ def paired_network(settings: MMoESettings, training: TrainingSettings, weights: 
         training.channels,
         weights,
         settings.temperature,
-        settings.n_experts,
-        settings.expert_hidden,
-        settings.expert_out,
-        settings.tower_hidden,
-        settings.drop_expert,
-        settings.drop_tower,
+        **settings.mixture(),
     )
 
 
