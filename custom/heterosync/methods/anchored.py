@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
+from heterosync.methods.base import COMMON_LEAVES, Method, Partner
 from heterosync.methods.paired import ExpertSettings
 from heterosync.models.mechanism import coupling
 from heterosync.models.shared import SharedMMoE
-from heterosync.training import Batch, Settings, TrainingSettings, setting
+from heterosync.training import Batch, Settings, setting
+from heterosync.training.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -63,22 +65,40 @@ def anchored_terms(logits: Sequence[Tensor], batch: Batch, weight: float) -> dic
     return terms
 
 
-def total(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
+class Anchored(Method):
+    """A method whose loss is the sum of named terms, and whose anchor task has a weight in every round."""
+
+    uses_anchor = True
+    status = "variant"
+    _round = 0
+
+    def batches(self, model: nn.Module, examples: Examples, round_: int, epoch: int) -> Iterator[Batch]:
+        self._round = round_
+        return examples.batches(round_, epoch)
+
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss by what they come from."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return torch.stack(list(self.terms(model, batch).values())).sum()
 
 
-def shared_network(settings: SharedSettings, training: TrainingSettings, weights: str) -> SharedMMoE:
-    return SharedMMoE(
-        training.backbone,
-        training.channels,
-        weights,
-        settings.statistics,
-        **settings.mixture(),
-    )
+class OneEncoder(Anchored):
+    """Anchored methods with one encoder for both tasks and the mixture of experts above it."""
 
+    leaves = ("W1: all tensors of the network (weights, BatchNorm statistics and counters)", *COMMON_LEAVES)
+    settings: SharedSettings
 
-def shared_diagnostics(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """The gradients of both tasks on the encoder, and the mixture's share of tower 1's input."""
-    if not isinstance(model, SharedMMoE) or batch.anchor_images is None or batch.anchor_labels is None:
-        return {}
-    return coupling(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)
+    def network(self, weights: str) -> nn.Module:
+        training, settings = self.training, self.settings
+        return SharedMMoE(training.backbone, training.channels, weights, settings.statistics, **settings.mixture())
+
+    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
+        return torch.sigmoid(model(images))
+
+    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """The gradients of both tasks on the encoder, and the mixture's share of tower 1's input."""
+        if not isinstance(model, SharedMMoE) or batch.anchor_images is None or batch.anchor_labels is None:
+            return {}
+        return coupling(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)

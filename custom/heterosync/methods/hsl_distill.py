@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cosine_similarity
 
-from heterosync.methods.anchored import (
-    SharedSettings,
-    anchor_weight,
-    anchored_terms,
-    shared_diagnostics,
-    shared_network,
-    total,
-)
-from heterosync.methods.base import COMMON_LEAVES, Method, Partner
+from heterosync.methods.anchored import OneEncoder, SharedSettings, anchor_weight, anchored_terms
 from heterosync.models.shared import SharedMMoE
 from heterosync.training import Batch, setting
 from heterosync.training.examples import Examples
@@ -40,7 +32,7 @@ class HSLDistillSettings(SharedSettings):
         return {**super().idle(), "distill_temperature": "distill_on=logits"}
 
 
-class HSLDistill(Method):
+class HSLDistill(OneEncoder):
     """A variant of Hu et al. 2025 (docs/anchor.md), with knowledge distillation on public images (Hinton et al. 2015).
 
         site k:  w_k <- local epochs of BCE(p_1, y) + a(r) BCE(p_2, y_anchor) + b D from w
@@ -57,25 +49,14 @@ class HSLDistill(Method):
 
     name = "hsl_distill"
     title = "HSL, anchor distillation"
-    status = "variant"
     citation = "this project, after Hu et al., Nat. Commun. 16, 9416 (2025) and Hinton et al. 2015, arXiv 1503.02531"
-    leaves = ("W1: all tensors of the network (weights, BatchNorm statistics and counters)", *COMMON_LEAVES)
-    uses_anchor = True
     Settings = HSLDistillSettings
     settings: HSLDistillSettings
-    _round = 0
     _received: SharedMMoE | None = None
-
-    def network(self, weights: str) -> nn.Module:
-        return shared_network(self.settings, self.training, weights)
 
     def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         self._received = copy.deepcopy(model).requires_grad_(False).eval()  # type: ignore[assignment]
         self._received.encoder.train()
-
-    def batches(self, model: nn.Module, examples: Examples, round_: int, epoch: int) -> Iterator[Batch]:
-        self._round = round_
-        return examples.batches(round_, epoch)
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss by what they come from."""
@@ -104,15 +85,6 @@ class HSLDistill(Method):
         for head, mode in zip(heads, modes, strict=True):
             head.train(mode)
         return torch.stack(parts).mean()
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return total(self.terms(model, batch))
-
-    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
-        return torch.sigmoid(model(images))
-
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return shared_diagnostics(model, batch)
 
 
 def divergence(logits: Tensor, towards: Tensor, temperature: float) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from heterosync.methods.anchored import AnchorSettings, anchor_weight, anchored_terms, total
-from heterosync.methods.base import COMMON_LEAVES, Method, Partner
+from heterosync.methods.anchored import Anchored, AnchorSettings, anchor_weight, anchored_terms
+from heterosync.methods.base import COMMON_LEAVES, Partner
 from heterosync.methods.paired import (
     ExpertSettings,
     PartnerSettings,
@@ -20,7 +19,6 @@ from heterosync.methods.paired import (
 )
 from heterosync.models.shared import NormedMMoE
 from heterosync.training import Batch, setting
-from heterosync.training.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class HSLNormSettings(PartnerSettings, AnchorSettings, ExpertSettings):
     n_partners: int = setting(4, "[own] partners of sat_mean", low=1)
 
 
-class HSLNorm(Method):
+class HSLNorm(Anchored):
     """A variant of Hu et al. 2025 (docs/anchor.md).
 
         site k:  w_k <- local epochs of BCE(p_1, y) + a(r) BCE(p_2, y_anchor) from w      server:  w <- (1/K) sum w_k
@@ -51,16 +49,13 @@ class HSLNorm(Method):
 
     name = "hsl_norm"
     title = "HSL, normed embedding"
-    status = "variant"
     citation = "this project, after Hu et al., Nat. Commun. 16, 9416 (2025)"
     leaves = (
         "W1: all tensors of the two-task network (weights, BatchNorm statistics and counters)",
         *COMMON_LEAVES,
     )
-    uses_anchor = True
     Settings = HSLNormSettings
     settings: HSLNormSettings
-    _round = 0
 
     def network(self, weights: str) -> nn.Module:
         s = self.settings
@@ -69,26 +64,14 @@ class HSLNorm(Method):
             self.training.channels,
             weights,
             s.gate_temperature,
-            s.n_experts,
-            s.expert_hidden,
-            s.expert_out,
-            s.tower_hidden,
-            s.drop_expert,
-            s.drop_tower,
+            **s.mixture(),
             embedding=s.embedding,
         )
-
-    def batches(self, model: nn.Module, examples: Examples, round_: int, epoch: int) -> Iterator[Batch]:
-        self._round = round_
-        return examples.batches(round_, epoch)
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss by the task that they come from."""
         weight = anchor_weight(self.settings, self._round)
         return anchored_terms(model(batch.images, batch.anchor_images), batch, weight)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return total(self.terms(model, batch))
 
     def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
         return paired_predict(model, images, partner)
