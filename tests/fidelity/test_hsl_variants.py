@@ -104,6 +104,25 @@ def test_without_distillation_it_is_hsl_shared(statistics: str) -> None:
     assert not same(state("hsl_distill", own), parent)
 
 
+@pytest.mark.parametrize("name", ["hsl_shared", "hsl_distill"])
+def test_linear_heads_without_weight_are_equal_averaging(name: str) -> None:
+    """The plain classifier and nothing else, tensor by tensor: what the anchor then adds is the anchor's alone."""
+    own = {"heads": "linear", "anchor_weight": 0.0} | ({"distill_weight": 0.0} if name == "hsl_distill" else {})
+    data, where = toy_data(), {"match_steps": 20}
+    plain = trainer("no_al", data=data, local_epochs=2, **where).train_round(0).state
+    found = state(name, own, data)
+    first = {key.replace("net.fc.", "tasks.0.").replace("net.", "encoder."): value for key, value in plain.items()}
+    assert first.keys() <= found.keys() and same(first, {key: found[key] for key in first})
+    rest = {key for key in found if key not in first}
+    assert all(key.startswith("tasks.1.") or ".anchor." in key for key in rest)
+    assert not same(state(name, {"heads": "linear"}, data), found)
+
+
+def test_the_mixtures_settings_count_with_the_mixture() -> None:
+    with pytest.raises(UserError, match="'drop_tower' counts only with heads=mmoe"):
+        make_method("hsl_shared", {"heads": "linear", "drop_tower": 0.1})
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,14 +227,14 @@ def test_the_norm_of_two_tasks_is_batchnorm_for_each() -> None:
 
 
 @pytest.mark.parametrize("on", ["features", "logits"])
-@pytest.mark.parametrize("statistics", ["task", "shared"])
-def test_distillation_starts_at_zero_and_pulls_back(on: str, statistics: str) -> None:
-    method = make_method("hsl_distill", {"distill_on": on, "statistics": statistics}, settings())
+@pytest.mark.parametrize(("statistics", "heads"), [("task", "mmoe"), ("shared", "mmoe"), ("task", "linear")])
+def test_distillation_starts_at_zero_and_pulls_back(on: str, statistics: str, heads: str) -> None:
+    method = make_method("hsl_distill", {"distill_on": on, "statistics": statistics, "heads": heads}, settings())
     model = method.build_model().train()
     assert "distillation" not in method.terms(model, batch())  # nothing was received
     method.round_start(model, {}, None)
     assert method.terms(model, batch())["distillation"].abs() < 1e-6
-    assert all(head.training for head in (model.experts, model.towers))
+    assert model.heads() and all(head.training for head in model.heads())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from heterosync.methods.base import COMMON_LEAVES, Method, Partner
 from heterosync.methods.paired import ExpertSettings
 from heterosync.models.mechanism import coupling
-from heterosync.models.shared import SharedMMoE
+from heterosync.models.shared import SharedEncoder, SharedLinear, SharedMMoE
 from heterosync.training import Batch, Settings, setting
 from heterosync.training.examples import Examples
 
@@ -38,9 +38,15 @@ class AnchorSettings(Settings):
 class SharedSettings(AnchorSettings, ExpertSettings):
     """The network with one encoder and the weight of its anchor task."""
 
+    heads: str = setting("mmoe", "[own] HSL's mixture, or a layer for each task", choices=("mmoe", "linear"))
     statistics: str = setting(
         "task", "[own] BatchNorm's: of each task, or of both together", choices=("task", "shared")
     )
+
+    def idle(self) -> dict[str, str]:
+        if self.heads == "mmoe":
+            return super().idle()
+        return {**super().idle(), **dict.fromkeys(self.mixture(), "heads=mmoe")}
 
 
 def anchor_weight(settings: AnchorSettings, round_: int) -> float:
@@ -85,20 +91,21 @@ class Anchored(Method):
 
 
 class OneEncoder(Anchored):
-    """Anchored methods with one encoder for both tasks and the mixture of experts above it."""
+    """Anchored methods with one encoder for both tasks."""
 
     leaves = ("W1: all tensors of the network (weights, BatchNorm statistics and counters)", *COMMON_LEAVES)
     settings: SharedSettings
 
     def network(self, weights: str) -> nn.Module:
-        training, settings = self.training, self.settings
-        return SharedMMoE(training.backbone, training.channels, weights, settings.statistics, **settings.mixture())
+        settings = self.settings
+        common = (self.training.backbone, self.training.channels, weights, settings.statistics)
+        return SharedLinear(*common) if settings.heads == "linear" else SharedMMoE(*common, **settings.mixture())
 
     def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
         return torch.sigmoid(model(images))
 
     def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """The gradients of both tasks on the encoder, and the mixture's share of tower 1's input."""
-        if not isinstance(model, SharedMMoE) or batch.anchor_images is None or batch.anchor_labels is None:
+        if not isinstance(model, SharedEncoder) or batch.anchor_images is None or batch.anchor_labels is None:
             return {}
         return coupling(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cosine_similarity
 
 from heterosync.methods.anchored import OneEncoder, SharedSettings, anchor_weight, anchored_terms
-from heterosync.models.shared import SharedMMoE
+from heterosync.models.shared import SharedEncoder
 from heterosync.training import Batch, setting
 from heterosync.training.examples import Examples
 
@@ -52,7 +52,7 @@ class HSLDistill(OneEncoder):
     citation = "this project, after Hu et al., Nat. Commun. 16, 9416 (2025) and Hinton et al. 2015, arXiv 1503.02531"
     Settings = HSLDistillSettings
     settings: HSLDistillSettings
-    _received: SharedMMoE | None = None
+    _received: SharedEncoder | None = None
 
     def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         self._received = copy.deepcopy(model).requires_grad_(False).eval()  # type: ignore[assignment]
@@ -60,7 +60,7 @@ class HSLDistill(OneEncoder):
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss by what they come from."""
-        assert isinstance(model, SharedMMoE) and batch.anchor_images is not None
+        assert isinstance(model, SharedEncoder) and batch.anchor_images is not None
         weight, received = anchor_weight(self.settings, self._round), self._received
         held = self.settings.distill_weight and received is not None
         if not weight and not held:
@@ -74,10 +74,10 @@ class HSLDistill(OneEncoder):
             terms["distillation"] = self.settings.distill_weight * self._distance(model, f2, received, g2)
         return terms
 
-    def _distance(self, model: SharedMMoE, f: Tensor, received: SharedMMoE, g: Tensor) -> Tensor:
+    def _distance(self, model: SharedEncoder, f: Tensor, received: SharedEncoder, g: Tensor) -> Tensor:
         if self.settings.distill_on == "features":
             return (1 - cosine_similarity(f.float(), g.float())).mean()
-        tau, heads = self.settings.distill_temperature, (model.experts, model.towers)
+        tau, heads = self.settings.distill_temperature, model.heads()
         modes = [head.training for head in heads]
         for head in heads:
             head.eval()

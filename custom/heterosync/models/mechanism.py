@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from heterosync.models.mmoe import MMoE
-from heterosync.models.shared import SharedMMoE
+from heterosync.models.shared import SharedEncoder, SharedMMoE
 
 
 def mechanism(model: MMoE, primary: Tensor, labels: Tensor, anchor: Tensor, anchor_labels: Tensor) -> dict[str, float]:
@@ -51,9 +51,10 @@ def mechanism(model: MMoE, primary: Tensor, labels: Tensor, anchor: Tensor, anch
 
 
 def coupling(
-    model: SharedMMoE, primary: Tensor, labels: Tensor, anchor: Tensor, anchor_labels: Tensor
+    model: SharedEncoder, primary: Tensor, labels: Tensor, anchor: Tensor, anchor_labels: Tensor
 ) -> dict[str, float]:
-    """The same for the network with one encoder, where no image has a partner: all but partner_effect."""
+    """The same for the network with one encoder, where no image has a partner: all but partner_effect, and
+    mixture_share where there is a mixture."""
     was_training = model.training
     model.eval()
     try:
@@ -62,15 +63,17 @@ def coupling(
             f1, f2 = model.encode(0, primary), model.encode(1, anchor)
             main = torch.autograd.grad(bce(model.decide(0, f1), labels), weights)
             side = torch.autograd.grad(bce(model.decide(1, f2), anchor_labels), weights)
-        with torch.no_grad():
-            mixture, skip = (part.norm() for part in model.mix(0, f1.to(model.skips[0].weight.dtype)))
         main_norm, side_norm = _norm(main), _norm(side)
-        return {
+        found = {
             "primary_gradient": float(main_norm),
             "anchor_gradient": float(side_norm),
             "anchor_gradient_ratio": float(side_norm / main_norm.clamp_min(1e-30)),
-            "mixture_share": float(mixture / (mixture + skip).clamp_min(1e-30)),
         }
+        if isinstance(model, SharedMMoE):
+            with torch.no_grad():
+                mixture, skip = (part.norm() for part in model.mix(0, f1.to(model.skips[0].weight.dtype)))
+            found["mixture_share"] = float(mixture / (mixture + skip).clamp_min(1e-30))
+        return found
     finally:
         model.train(was_training)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterosync.models.encoder import build_encoder
+from heterosync.models.encoder import FullLinear, build_encoder
 from heterosync.models.mmoe import Experts, MMoE, Tower
 
 
@@ -50,42 +50,23 @@ class TaskBatchNorm(nn.BatchNorm2d):
         return self.anchor(x) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class SharedMMoE(nn.Module):
-    """One encoder for both tasks, and a multi-gate mixture of experts on its features (Ma et al., KDD 2018).
+class SharedEncoder(nn.Module):
+    """One encoder for both tasks; `decide` makes logits of its features.
 
-        f_t = relu(encoder(x_t))      m_t = sum_j gate_t,j(f_t) expert_j(f_t)      logit_t = tower_t(m_t + skip_t(f_t))
-
-    Each task's experts see the features of its own image: there is no partner image. `statistics`: BatchNorm's are
-    "shared" (both tasks' images form one batch) or of each "task". `forward(primary, anchor)`: two image batches
-    (b, c, h, w) -> two logit vectors (b,); without anchor images the first alone.
+    `statistics`: BatchNorm's are "shared" (both tasks' images form one batch) or of each "task".
+    `forward(primary, anchor)`: two image batches (b, c, h, w) -> two logit vectors (b,); without anchor images the
+    first alone.
     """
 
-    def __init__(
-        self,
-        backbone: str = "resnet18",
-        channels: int = 3,
-        weights: str = "none",
-        statistics: str = "task",
-        n_experts: int = 12,
-        expert_hidden: int = 62,
-        expert_out: int = 32,
-        tower_hidden: int = 16,
-        drop_expert: float = 0.3,
-        drop_tower: float = 0.4,
-    ) -> None:
+    def __init__(self, encoder: nn.Module, statistics: str) -> None:
         super().__init__()
-        self.encoder = build_encoder(backbone, channels, weights)
+        self.encoder = encoder
         self.apart = statistics == "task"
         if self.apart:
             for path, layer in list(self.encoder.named_modules()):
                 if isinstance(layer, nn.BatchNorm2d):
                     parent, _, name = path.rpartition(".")
                     setattr(self.encoder.get_submodule(parent), name, TaskBatchNorm(layer))
-        features = self.encoder.fc.out_features
-        self.skips = nn.ModuleList(nn.Linear(features, expert_out) for _ in range(2))
-        self.experts = Experts(n_experts, features, expert_hidden, expert_out, drop_expert)
-        self.gates = nn.ModuleList(nn.Linear(features, n_experts) for _ in range(2))
-        self.towers = nn.ModuleList(Tower(expert_out, tower_hidden, drop_tower) for _ in range(2))
 
     def encode(self, task: int, images: Tensor) -> Tensor:
         """f_t of task 0 or 1: images (b, c, h, w) -> features (b, d) >= 0."""
@@ -101,19 +82,74 @@ class SharedMMoE(nn.Module):
         f1, f2 = self.encode(0, torch.cat([primary, anchor])).split([len(primary), len(anchor)])
         return f1, f2
 
-    def mix(self, task: int, f: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters a tower (b, expert_out), from the mixture and from the skip."""
-        gate = torch.softmax(self.gates[task](f), 1)
-        return torch.einsum("bj,bjo->bo", gate, self.experts(f)), self.skips[task](f)
+    def heads(self) -> list[nn.Module]:
+        """What stands above the encoder."""
+        return [module for name, module in self.named_children() if name != "encoder"]
 
     def decide(self, task: int, f: Tensor) -> Tensor:
-        """Features (b, d) -> logits (b,) of a task, in full precision: this part is cheap."""
-        with torch.autocast(f.device.type, enabled=False):
-            mixture, skip = self.mix(task, f.to(self.skips[task].weight.dtype))
-            return self.towers[task](mixture + skip)
+        """Features (b, d) -> logits (b,) of a task, in full precision."""
+        raise NotImplementedError
 
     def forward(self, primary: Tensor, anchor: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if anchor is None:
             return self.decide(0, self.encode(0, primary))
         f1, f2 = self.encode_both(primary, anchor)
         return self.decide(0, f1), self.decide(1, f2)
+
+
+class SharedLinear(SharedEncoder):
+    """Hard parameter sharing (Caruana, Machine Learning 28, 1997): one linear layer a task on the encoder's features.
+
+    Encoder and first layer are the plain classifier, with the same first weights.
+    """
+
+    def __init__(
+        self, backbone: str = "resnet18", channels: int = 3, weights: str = "none", statistics: str = "task"
+    ) -> None:
+        encoder = build_encoder(backbone, channels, weights, outputs=1)
+        first, encoder.fc = encoder.fc, nn.Identity()
+        super().__init__(encoder, statistics)
+        self.tasks = nn.ModuleList([first, FullLinear(first.in_features, 1)])
+
+    def decide(self, task: int, f: Tensor) -> Tensor:
+        return self.tasks[task](f).squeeze(1)
+
+
+class SharedMMoE(SharedEncoder):
+    """A multi-gate mixture of experts on the features of one encoder (Ma et al., KDD 2018).
+
+        f_t = relu(encoder(x_t))      m_t = sum_j gate_t,j(f_t) expert_j(f_t)      logit_t = tower_t(m_t + skip_t(f_t))
+
+    Each task's experts see the features of its own image: there is no partner image.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        channels: int = 3,
+        weights: str = "none",
+        statistics: str = "task",
+        n_experts: int = 12,
+        expert_hidden: int = 62,
+        expert_out: int = 32,
+        tower_hidden: int = 16,
+        drop_expert: float = 0.3,
+        drop_tower: float = 0.4,
+    ) -> None:
+        encoder = build_encoder(backbone, channels, weights)
+        features = encoder.fc.out_features
+        super().__init__(encoder, statistics)
+        self.skips = nn.ModuleList(nn.Linear(features, expert_out) for _ in range(2))
+        self.experts = Experts(n_experts, features, expert_hidden, expert_out, drop_expert)
+        self.gates = nn.ModuleList(nn.Linear(features, n_experts) for _ in range(2))
+        self.towers = nn.ModuleList(Tower(expert_out, tower_hidden, drop_tower) for _ in range(2))
+
+    def mix(self, task: int, f: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters a tower (b, expert_out), from the mixture and from the skip."""
+        gate = torch.softmax(self.gates[task](f), 1)
+        return torch.einsum("bj,bjo->bo", gate, self.experts(f)), self.skips[task](f)
+
+    def decide(self, task: int, f: Tensor) -> Tensor:
+        with torch.autocast(f.device.type, enabled=False):  # this part is cheap
+            mixture, skip = self.mix(task, f.to(self.skips[task].weight.dtype))
+            return self.towers[task](mixture + skip)
