@@ -11,6 +11,7 @@ from heterosync.study.evidence.bootstrap import METRICS
 from heterosync.study.evidence.comparisons import Comparisons
 from heterosync.study.evidence.measures import Measurement, Summary
 from heterosync.study.evidence.outcomes import AnyOutcome, Study
+from heterosync.study.evidence.repeats import OverRepeats
 from heterosync.study.layout import Done
 from heterosync.study.table import csv_table
 
@@ -63,6 +64,18 @@ def comparisons_csv(comparisons: Comparisons) -> str:
         + [" ".join(f"r{repeat}" for repeat in one.repeats), *one.models, *astuple(one.comparison)]
         + [comparisons.tested(one.metric, one.unit), "; ".join(one.left_out)]
         for one in comparisons.pairs
+    ]
+    return csv_table(header, rows)
+
+
+def repeats_csv(found: Sequence[OverRepeats], reference: str) -> str:
+    """One row per method and measure; p values are not corrected for the number of rows."""
+    header = ["scenario", "level", "label", "measure", "repeats", "mean", "sd", "reference", "paired"]
+    header += ["reference_minus_label", "ci_low", "ci_high", "p_uncorrected"]
+    rows = [
+        [one.scenario, one.level, one.label, one.measure, len(one.values), one.mean, one.sd, reference]
+        + [one.paired, one.difference, one.low, one.high, one.p]
+        for one in found
     ]
     return csv_table(header, rows)
 

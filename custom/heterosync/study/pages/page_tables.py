@@ -11,6 +11,7 @@ from heterosync.methods import make_method
 from heterosync.study.evidence.comparisons import Comparisons, Pair
 from heterosync.study.evidence.measures import MEAN_PROBABILITY, Summary
 from heterosync.study.evidence.outcomes import AnyOutcome
+from heterosync.study.evidence.repeats import MEASURES, OverRepeats
 from heterosync.study.evidence.statistics import Comparison
 from heterosync.study.layout import NO_LEVEL, UNSEEN
 from heterosync.study.pages import html
@@ -154,6 +155,26 @@ def _difference(c: Comparison) -> str:
 
 def _p(c: Comparison) -> str:
     return ABSENT if c.p is None else f"{c.p:.3f}"
+
+
+def repeat_table(found: Sequence[OverRepeats]) -> str:
+    """Every method against the reference over the repeats, measure by measure."""
+    rows = []
+    for one in found:
+        if one.mean is None:
+            continue
+        spread = ABSENT if one.sd is None else f"{one.mean:.3f} ± {one.sd:.3f}"
+        row = [one.scenario if one.level == NO_LEVEL else f"{one.scenario} {one.level}", MEASURES[one.measure]]
+        row += [one.label, str(len(one.values)), spread]
+        if one.difference is None:
+            row += [ABSENT, ABSENT]
+        elif one.low is None or one.p is None:
+            row += [f"{one.difference:+.3f}", ABSENT]
+        else:
+            row += [f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f})", f"{one.p:.3f}"]
+        rows.append(row)
+    header = ["scenario", "measure", "method", "repeats", "mean ± sd", "reference minus it (95 % interval)", "p"]
+    return html.table(header, rows, names=3)
 
 
 def cost_table(outcomes: Iterable[AnyOutcome]) -> str:

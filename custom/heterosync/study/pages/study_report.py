@@ -13,7 +13,8 @@ from heterosync.study.evidence.bootstrap import RESAMPLES
 from heterosync.study.evidence.comparisons import REFERENCE, Comparisons, compare
 from heterosync.study.evidence.measures import Measurement, Summary, measurements, summaries
 from heterosync.study.evidence.outcomes import AnyOutcome, Study, read_study
-from heterosync.study.evidence.tables import write_tables
+from heterosync.study.evidence.repeats import OverRepeats, over_repeats
+from heterosync.study.evidence.tables import repeats_csv, write_tables
 from heterosync.study.layout import NO_LEVEL, REPORT
 from heterosync.study.pages import html
 from heterosync.study.pages.by_scenario import Scenario, scenarios_of
@@ -26,6 +27,7 @@ from heterosync.study.pages.page_tables import (
     map_table,
     method_rows,
     metric_table,
+    repeat_table,
     setting_rows,
     unseen_table,
 )
@@ -42,6 +44,7 @@ class Results:
     measurements: list[Measurement]
     summaries: list[Summary]
     comparisons: Comparisons | None
+    repeats: list[OverRepeats]
     reference: str
     resamples: int
 
@@ -77,9 +80,8 @@ def study_results(
         raise UserError(f"{folder} has no finished run of '{reference}': {nearest(reference, labels)}")
     chosen = reference or (REFERENCE if REFERENCE in labels else labels[0])
     compared = compare(study, chosen, resamples=resamples, seed=seed) if len(labels) > 1 else None
-    return Results(
-        study, measurements(study), summaries(study, resamples=resamples, seed=seed), compared, chosen, resamples
-    )
+    summed = summaries(study, resamples=resamples, seed=seed)
+    return Results(study, measurements(study), summed, compared, over_repeats(study, chosen), chosen, resamples)
 
 
 def write_study_report(
@@ -108,6 +110,7 @@ def write_study_report(
     files += cost.files
     sections += [
         _comparison_section(results),
+        _repeat_section(results),
         html.Section("Cost", [html.figure(cost.svg, cost.caption), cost_table(results.study.outcomes)]),
         method_section(results.study.outcomes),
         setting_section(results.study.info, results.study.outcomes),
@@ -143,6 +146,7 @@ def study_dict(results: Results) -> dict[str, Any]:
         "reference": results.reference,
         "summaries": [asdict(one) for one in results.summaries],
         "comparisons": [asdict(one) for one in results.comparisons.pairs] if results.comparisons else [],
+        "over_repeats": [asdict(one) for one in results.repeats],
         "pairs_tested": results.comparisons.tested() if results.comparisons else 0,
     }
 
@@ -231,6 +235,17 @@ def _comparison_section(results: Results) -> html.Section:
     return section
 
 
+def _repeat_section(results: Results) -> html.Section:
+    text = (
+        f"Each repeat is one number: it has a draw of images, splits and first weights of its own. {results.reference} "
+        "minus the other method over the repeats that both have, with the 95 % interval and the p of a two-sided "
+        "paired t-test. This asks whether the difference would come again in another repeat with these images; the "
+        "bootstrap above asks whether it would with other test images. With three repeats or so only large differences "
+        f"can show. p values are not corrected for the number of rows. As numbers: {TABLES}/repeats.csv."
+    )
+    return html.Section("Over the repeats", [html.paragraph(text), repeat_table(results.repeats)])
+
+
 def method_section(outcomes: Iterable[AnyOutcome]) -> html.Section:
     header, rows = method_rows(outcomes)
     text = (
@@ -247,8 +262,9 @@ def setting_section(info: Mapping[str, Any], outcomes: Sequence[AnyOutcome]) -> 
 
 
 def _more_tables(results: Results, numbers: Sequence[MapNumbers], folder: Path) -> list[Path]:
-    """methods.csv, settings.csv, missing.csv and, where there are maps, maps.csv."""
+    """repeats.csv, methods.csv, settings.csv, missing.csv and, where there are maps, maps.csv."""
     texts = {
+        "repeats.csv": repeats_csv(results.repeats, results.reference),
         "methods.csv": csv_table(*method_rows(results.study.outcomes)),
         "settings.csv": csv_table(*setting_rows(results.study.info, results.study.outcomes)),
         "missing.csv": csv_table(["problem"], [[line] for line in results.problems]),

@@ -1,0 +1,69 @@
+"""Every method over its repeats: measures by hand, the paired test against scipy's one-sample test."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
+
+from heterosync.study.evidence.outcomes import by_series, read_study
+from heterosync.study.evidence.repeats import LAST_ROUNDS, over_repeats, paired_test
+from heterosync.study.evidence.tables import repeats_csv
+from study_data import fake_study
+
+SITES = {"hospitals": {"a": (12, 10), "b": (14, 14), "none": (9, 0), "unseen": (8, 20)}}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repeats") / "study"
+    return read_study(fake_study(folder, ("hsl", "fedavg", "local"), ("hospitals",), 4, sites=SITES))
+
+
+def of(study, label: str, measure: str):
+    (found,) = [one for one in over_repeats(study, "hsl") if (one.label, one.measure) == (label, measure)]
+    return found
+
+
+def test_measures_of_a_repeat(study):
+    run = by_series(study)["hospitals", "all"]["fedavg"][2]
+    each = [run.tests[site]["auc"] for site in ("a", "b")]  # as the run itself recorded them; "none" has no AUC
+    assert of(study, "fedavg", "sites").values[2] == pytest.approx(np.mean(each))
+    assert of(study, "fedavg", "worst").values[2] == pytest.approx(min(each))
+    assert list(of(study, "local", "unseen").values) == [0, 1, 2, 3]
+    rounds = sorted({row[0] for row in run.history})
+    last = [
+        np.mean([value for round_, _, metric, value in run.history if (round_, metric) == (r, "val_auc_received")])
+        for r in rounds[-LAST_ROUNDS:]
+    ]
+    assert of(study, "fedavg", "wobble").values[2] == pytest.approx(np.std(last, ddof=1))
+
+
+def test_the_paired_test_is_students(study):
+    ours, theirs = of(study, "hsl", "sites"), of(study, "local", "sites")
+    assert (ours.paired, ours.difference, ours.p) == (0, None, None)  # not against itself
+    d = np.array([ours.values[r] - theirs.values[r] for r in range(4)])
+    half = student.ppf(0.975, 3) * d.std(ddof=1) / 2
+    assert theirs.paired == 4 and theirs.difference == pytest.approx(d.mean())
+    assert (theirs.low, theirs.high) == (pytest.approx(d.mean() - half), pytest.approx(d.mean() + half))
+    assert theirs.p == pytest.approx(ttest_1samp(d, 0).pvalue)
+    assert (ours.mean, ours.sd) == (
+        pytest.approx(np.mean(list(ours.values.values()))),
+        pytest.approx(np.std(list(ours.values.values()), ddof=1)),
+    )
+
+
+def test_too_few_repeats_and_equal_differences():
+    assert paired_test({0: 0.8}, {0: 0.7}) == (1, None, None, None, None)
+    assert paired_test({0: 0.75, 1: 0.5}, {0: 0.5, 1: 0.25, 2: 0.9}) == (2, 0.25, None, None, None)
+
+
+def test_the_table_has_a_row_for_every_method_and_measure(study):
+    rows = list(csv.DictReader(repeats_csv(over_repeats(study, "hsl"), "hsl").splitlines()))
+    assert len(rows) == 12 and {row["reference"] for row in rows} == {"hsl"}
+    row = next(row for row in rows if (row["label"], row["measure"]) == ("fedavg", "unseen"))
+    assert float(row["reference_minus_label"]) == pytest.approx(of(study, "fedavg", "unseen").difference)
+    assert not any("nan" in row.values() for row in rows)
