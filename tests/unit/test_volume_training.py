@@ -45,6 +45,15 @@ def test_the_ahnet_has_the_stated_parameters():
     assert f"{size:.1f}" == "145.7" and f"{count:,}".replace(",", " ") in build_segmenter.__doc__
 
 
+def test_the_ahnet_begins_where_it_can_learn():
+    """MONAI's own start: logits of sd 4 to 5, and one sign for each of the eight voxels that a last one becomes."""
+    torch.manual_seed(0)
+    logits = build_segmenter("ahnet", 0).train()(torch.randn(1, 1, 64, 32, 32)).detach()
+    assert 0.1 < logits.std() < 1.0
+    eight = [logits[..., i::2, j::2, k::2] for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+    assert all(torch.allclose(eight[0], one, atol=1e-6) for one in eight)
+
+
 def test_the_ahnet_segments_a_patch_of_the_smallest_size():
     model = build_segmenter("ahnet", 0).eval()
     with torch.inference_mode():
