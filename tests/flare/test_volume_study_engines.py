@@ -17,14 +17,16 @@ from volume_study_toys import laid_out
 pytestmark = [pytest.mark.flare, pytest.mark.slow]
 
 
-def test_private_submodels_are_the_same_under_both_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuned_submodels_are_the_same_under_both_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     engines = {"flare": Simulator(), "inprocess": InProcess()}
     found = {}
     for engine in engines:
-        _, out = laid_out(tmp_path / engine, engine=engine, methods=["prostate_private"])
-        done = play(out, "sites/all/r0/prostate_private-fold2", engines, lambda line: None)
-        results = out / "runs/sites/all/r0/prostate_private-fold2/results"
+        tuned = {"method": "prostate_finetune", "training": {"weights": {"from": "prostate_ahnet"}}}
+        _, out = laid_out(tmp_path / engine, engine=engine, methods=["prostate_ahnet", tuned])
+        play(out, "sites/all/r0/prostate_ahnet-fold2", {engine: InProcess()}, lambda line: None)
+        done = play(out, "sites/all/r0/prostate_finetune-fold2", engines, lambda line: None)
+        results = out / "runs/sites/all/r0/prostate_finetune-fold2/results"
         own = {path.name: state_hash(load_model(path).state) for path in sorted((results / "own").iterdir())}
         found[engine] = (own, read_scores(results))
         assert done.engine == engine and set(own) == {"north.pt", "south.pt"}

@@ -274,6 +274,8 @@ def test_the_weightings_of_the_prostate_federation_golden_numbers(weighting: str
         (-0.1, "its val_dice_best is -0.1"),
         (float("nan"), "its val_dice_best is nan"),
         (float("inf"), "its val_dice_best is inf"),
+        (1.0001, "its val_dice_best is 1.0001, by which sites are weighed here: it must be from 0 to 1"),
+        (100.0, "its val_dice_best is 100.0"),  # per cent
     ],
 )
 def test_a_score_that_is_no_weight_is_refused(score: float | None, reason: str) -> None:

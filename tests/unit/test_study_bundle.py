@@ -16,10 +16,11 @@ from monai.bundle import load, verify_net_in_out
 from heterosync.cli import main
 from heterosync.data.volumes import open_volume
 from heterosync.errors import UserError
-from heterosync.federation.modelfile import load_model
+from heterosync.federation.modelfile import load_model, save_model
+from heterosync.methods import make_method
 from heterosync.study import bundle
 from heterosync.study.segment import open_segmenter
-from segment_toys import toy_segmenter
+from segment_toys import TINY, toy_segmenter
 from volume_toys import oblique, save_nifti
 
 SHAPE = (26, 24, 9)
@@ -108,6 +109,32 @@ def test_a_header_rounded_to_32_bits_would_move_the_slices(made: tuple[Path, Pat
     found = bundle.run_bundle(tmp_path / "bundle", path.parent, tmp_path / "masks")
     wanted = open_segmenter([load_model(model)]).probabilities(open_volume(path))
     assert np.abs(found - wanted).max() > 1e-3
+
+
+def test_the_check_sees_a_difference_that_a_sure_model_hides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of some thousand: probabilities are 0 and 1 whatever goes in, and say nothing of the preprocessing."""
+    method = make_method("prostate_ahnet", None, TINY)
+    network = method.build_model()
+    last = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv3d | torch.nn.ConvTranspose3d)][-1]
+    last.weight.data *= 2000
+    last.bias.data += 20000
+    state = network.state_dict()
+    file = load_model(save_model(tmp_path / "sure.pt", method.name, {}, TINY, state, ("background", "organ"), 3))
+    scan = bundle._made_up(tmp_path / "scans" / "scan.nii.gz", 2.0)
+    found = open_segmenter([file]).probabilities(open_volume(scan))
+    assert ((found < 1e-6) | (found > 1 - 1e-6)).all()
+    assert bundle.export_bundle([file], tmp_path / "whole")["largest_difference"] < 1e-5
+    written = bundle._inference
+
+    def without_normalisation(training):
+        config = written(training)
+        config["preprocessing"]["transforms"][-1] = {"_target_": "ScaleIntensityd", "keys": "image"}
+        return config
+
+    monkeypatch.setattr(bundle, "_inference", without_normalisation)
+    with pytest.raises(UserError, match="the bundle's probabilities differ from the model's by"):
+        bundle.export_bundle([file], tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
 
 
 def test_a_bundle_that_differs_is_not_written(

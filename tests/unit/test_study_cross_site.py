@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from heterosync.errors import UserError
-from heterosync.study.evidence.cross_site import PUBLISHED, CaseDice, cross_site_table, paired_tests, published_table
+from heterosync.federation.modelfile import load_model
+from heterosync.study.evidence.cross_site import (
+    PUBLISHED,
+    CaseDice,
+    cross_site_table,
+    paired_tests,
+    published_table,
+    score_ensemble,
+)
+from heterosync.study.evidence.volume_outcomes import VolumeStudy
+from heterosync.study.pages import volume_page_tables
+from heterosync.study.pages.volume_report import VolumeResults, report_dict
+from heterosync.study.segment import open_segmenter
+from segment_toys import toy_segmenter
 
 
 def scores(model: str, site: str, values: list[float]) -> list[CaseDice]:
@@ -32,6 +47,33 @@ def test_the_paired_t_test_by_its_formula() -> None:
 def test_equal_models_do_not_differ() -> None:
     found = paired_tests([*scores("a", "x", [0.5, 0.6]), *scores("fl", "x", [0.5, 0.6])], "fl")["a"]
     assert (found.t, found.p) == (0.0, 1.0)
+
+
+def test_a_difference_that_is_the_same_in_all_cases_has_an_infinite_t() -> None:
+    rows = [CaseDice(model, "a", str(k), dice) for model, dice in (("FL", 0.75), ("low", 0.5)) for k in range(3)]
+    outcome = paired_tests(rows, "FL")["low"]
+    assert (outcome.t, outcome.p, outcome.difference) == (math.inf, 0.0, 0.25)
+    shown = volume_page_tables.test_table({"Overall": {"low": outcome}}, "FL")
+    assert "inf</td>" in shown and "nan" not in shown
+    study = VolumeStudy(Path("x"), {}, [], [], {"runs": {}})
+    results = VolumeResults(study, "FL")
+    results.__dict__["tests"] = {("sites", 0): {"Overall": {"low": outcome}}}
+    (told,) = json.loads(json.dumps(report_dict(results), allow_nan=False))["tests"]
+    assert told["t"] is None and told["p"] == 0 and told["difference"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("spacing", 3.0), ("interpolation", "spline"), ("patch", [16, 16, 32]), ("overlap", 0.25)]
+)
+def test_an_ensemble_sees_volumes_in_one_way(name: str, value: object, tmp_path: Path) -> None:
+    files = [
+        load_model(toy_segmenter(tmp_path / "a.pt")),
+        load_model(toy_segmenter(tmp_path / "b.pt", **{name: value})),
+    ]
+    with pytest.raises(UserError, match=f"model x: its files differ in {name}: average"):
+        score_ensemble("x", files, {"north": tmp_path / "north"})
+    with pytest.raises(UserError, match=f"b.pt has another {name} than .*a.pt"):
+        open_segmenter(files)
 
 
 @pytest.mark.parametrize(

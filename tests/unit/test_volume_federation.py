@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from heterosync.cli import main
 from heterosync.errors import UserError
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.results import read_history
@@ -63,7 +64,9 @@ def test_cases_are_listed_at_the_site_and_nowhere_else(run: RunSummary) -> None:
         assert "nii.gz" not in (run.folder / name).read_text()
 
 
-def test_slices_of_the_test_cases_stay_at_their_sites_and_a_report_here_shows_them(run: RunSummary, tmp_path: Path):
+def test_slices_of_the_test_cases_stay_at_their_sites_and_a_report_here_shows_them(
+    run: RunSummary, tmp_path: Path, capsys
+):
     views = views_of_run(run.folder, "best")
     assert [view.id for view in views] == [f"site-{letter}: images/4.nii.gz" for letter in "abc"]
     assert [view.dice for view in views] == [run.metrics["best"][f"site-{letter}"]["dice"] for letter in "abc"]
@@ -72,6 +75,9 @@ def test_slices_of_the_test_cases_stay_at_their_sites_and_a_report_here_shows_th
     assert {"overlays.svg", "overlays.png"} <= files
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64") == 3 * 5 and "worst: Dice" in page and "xlink:href" not in page
+    assert page.count("Page and figures stay where these images may be") == 1
+    assert main(["report", str(run.folder), "--out", str(tmp_path / "report")]) == 0
+    assert capsys.readouterr().out.endswith("stay where these images may be.\n")
     shutil.copytree(run.folder, tmp_path / "sent", ignore=shutil.ignore_patterns("sites"))
     files = {path.name for path in write_report(read_runs([tmp_path / "sent"]), tmp_path / "other")}
     assert not any("overlays" in name for name in files)

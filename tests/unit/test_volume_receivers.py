@@ -60,5 +60,13 @@ def test_a_site_with_a_single_held_out_case_is_no_receiver(tmp_path: Path) -> No
     folder = toy_volume_site(tmp_path / "a", count=3, seed=1)
     from heterosync.federation.site import SiteTrainer
 
-    report = SiteTrainer("a", folder, "prostate_ahnet", None, TRAINING, tmp_path / "w").check_in()
+    told: list[str] = []
+    report = SiteTrainer("a", folder, "prostate_ahnet", None, TRAINING, tmp_path / "w", told.append).check_in()
     assert receivers({"a": report}) == [] and "monai" in report["versions"]
+    few = "site a: {} has 1 volumes: their score, which leaves the site, is that of single patients: use 3 or more"
+    assert told[1:] == [few.format("validation"), few.format("test")]
+    told.clear()
+    SiteTrainer(
+        "b", receiving(tmp_path / "b", 3), "prostate_ahnet", None, TRAINING, tmp_path / "v", told.append
+    ).check_in()
+    assert len(told) == 1  # three test cases, and no validation

@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,9 @@ from heterosync.errors import ProblemList, UserError
 from heterosync.federation.modelfile import load_model
 from heterosync.study.evidence.cross_site import PUBLISHED
 from heterosync.study.layout import read_done, read_spec
-from heterosync.study.pages.volume_report import report_text, volume_results, write_volume_report
+from heterosync.study.pages import volume_report
+from heterosync.study.pages.volume_report import make_report, report_text, volume_results, write_volume_report
+from heterosync.study.pages.wish import Wish
 from heterosync.study.running import volume_runs
 from heterosync.study.running.engines import InProcess
 from heterosync.study.running.kinds import plan_of
@@ -157,10 +160,43 @@ def test_an_ensemble_needs_all_its_folds(study: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"best_model.pt was removed: remove .*prostate_ahnet-fold1 and run the plan"):
         play(copy, "sites/all/r0/prostate_ahnet-ensemble", ENGINES, quiet)
     (copy / RUNS / "prostate_ahnet-fold1/done.json").unlink()
-    with pytest.raises(UserError, match="needs all folds, and run sites/all/r0/prostate_ahnet-fold1 is not done"):
+    with pytest.raises(UserError, match="needs the model of run sites/all/r0/prostate_ahnet-fold1, which is not"):
         play(copy, "sites/all/r0/prostate_ahnet-ensemble", ENGINES, quiet)
     states = {state.run: state.state for state in states_of(copy)}
     assert states["sites/all/r0/prostate_ahnet-ensemble"] == "failed" and list(states.values()).count("done") == 4
+
+
+TUNED = {"method": "prostate_finetune", "training": {"weights": {"from": "prostate_ahnet"}, "lr": 1e-3}}
+
+
+def test_a_site_fine_tunes_the_federated_model_of_the_same_fold(tmp_path: Path) -> None:
+    """Which has not trained on the cases that validate here. The plan names it before the method that makes it."""
+    work, out = laid_out(tmp_path, methods=[TUNED, "prostate_ahnet"])
+    specs = {spec.label: spec for spec in work.specs}
+    assert list(specs)[:2] == ["prostate_ahnet-fold1", "prostate_finetune-fold1"]
+    for fold in (1, 2):
+        mine, source = specs[f"prostate_finetune-fold{fold}"], specs[f"prostate_ahnet-fold{fold}"]
+        assert work.data.waits_for(mine) == {source.path} and mine.settings["training"]["fold"] == fold
+    with pytest.raises(UserError, match="prostate_finetune-fold1 needs the model of run .*ahnet-fold1, which is not"):
+        play(out, specs["prostate_finetune-fold1"].path, ENGINES, quiet)
+    for spec in work.specs:
+        play(out, spec.path, ENGINES, quiet)
+    for fold in (1, 2):
+        run = json.loads((out / RUNS / f"prostate_finetune-fold{fold}/results/run.json").read_text())
+        file = Path(run["training"]["weights"])
+        assert file == out / RUNS / f"prostate_ahnet-fold{fold}/results/best_model.pt" and run["training"]["lr"] == 1e-3
+    longer = {"method": "prostate_ahnet", "training": {"rounds": 2}}  # another federated model: another fine-tuning
+    after = lay_out(read_plan(volume_plan(tmp_path, methods=[TUNED, longer])), tmp_path / "new").specs
+    assert not {spec.digest for spec in after} & {spec.digest for spec in work.specs}
+
+    page = write_volume_report(volume_results(out))[-1]
+    shown = {row["model"]: row for row in Page(page.read_text(encoding="utf-8")).table("model", "north (n=1)")}
+    sets = {(row["model"], row["site"]): row for row in table(page.parent, "cross_site.csv")}
+    for model in ("prostate_finetune north", "prostate_finetune south"):  # at home, abroad, together, outside
+        for cell in ("north (n=1)", "south (n=1)", "Overall (n=2)", "unseen (n=3)"):
+            assert shown[model][cell].startswith(f"{float(sets[model, cell.split(' (')[0]]['dice']):.3f}")
+    assert str(tmp_path) not in page.read_text(encoding="utf-8")
+    assert "the best model of prostate_ahnet in the same fold (2 runs)" in page.read_text(encoding="utf-8")
 
 
 FAKE = """
@@ -274,12 +310,27 @@ def test_costs_methods_and_settings_are_told(report: Path) -> None:
 
 def test_test_cases_are_shown_with_both_contours(study: Path, report: Path) -> None:
     text = (report / "index.html").read_text(encoding="utf-8")
+    assert "Page and figures stay where these images may be" in text
     assert "Test cases as prostate_ahnet segments them" in text and "best: Dice" in text and "worst: Dice" in text
     kept = study / RUNS / "prostate_ahnet-ensemble/results/views"
     assert {path.name for path in kept.iterdir()} == {"north", "south", "unseen"}
     tested = {(row["site"], row["case"]) for row in table(report, "cases.csv") if row["model"] == "prostate_ahnet"}
     shown = [f"{site}: {case}" for site, case in tested if f"{site}: {case}" in text]
     assert len(shown) == min(3, len(tested))
+
+
+def test_a_report_with_slices_of_patients_says_so(study: Path, tmp_path: Path, monkeypatch) -> None:
+    written = [Path("figures/sites_r0_overlays.svg"), Path("index.html")]
+    monkeypatch.setattr(volume_report, "write_volume_report", lambda results, out: written)
+    made = make_report(study, Wish(), quiet)
+    assert made.facts["shows_patients"] and made.text.endswith("stay where these images may be.")
+    results = volume_results(study)
+    results.study.info["source"] = "synthetic"
+    monkeypatch.setattr(volume_report, "volume_results", lambda *_: results)
+    made = make_report(study, Wish(), quiet)
+    assert not made.facts["shows_patients"] and "these images may be" not in made.text
+    page = write_volume_report(results, tmp_path / "phantoms")[-1].read_text(encoding="utf-8")
+    assert "these images may be" not in page and "Test cases as prostate_ahnet" in page
 
 
 def test_missing_folds_are_named_and_the_rest_is_told(study: Path, tmp_path: Path) -> None:
@@ -323,6 +374,7 @@ def test_the_commands(study: Path, tmp_path: Path, capsys) -> None:
     copy = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
     assert main(["study", "report", str(copy), "--json", "--reference", "prostate_private north"]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert facts["shows_patients"] is True
     assert facts["reference"] == "prostate_private north" and facts["runs_finished"] == 6 and len(facts["tests"]) == 4
     for options, told in (
         (["--resamples", "10"], "leave out --resamples"),
@@ -385,6 +437,10 @@ def test_the_papers_experiments_are_a_preset() -> None:
         site: (64, 16, 20) for site in ("north", "south", "west")
     }
     specs = [spec for _, _, spec in data.runs()]
+    small = {spec.path: spec for _, _, spec in VolumeData(read_plan("prostate-small")).runs()}
+    assert len(small) == 3 * (5 + 1)
+    tuned = small["phantoms/all/r0/prostate_finetune-fold4"].settings
+    assert tuned["from"] == "phantoms/all/r0/prostate_ahnet-fold4" and tuned["training"]["lr"] == 1e-3
     assert len(specs) == 2 * (5 + 1) and {spec.settings["training"]["fold"] for spec in specs} == {1, 2, 3, 4, 5}
     assert specs[0].settings["training"]["seed"] == specs[3].settings["training"]["seed"] == 0
 
@@ -396,11 +452,60 @@ def test_other_volumes_or_folds_are_another_plan(tmp_path: Path) -> None:
         UserError, match="another plan: its run sites/all/r0/prostate_ahnet-ensemble has another training"
     ):
         lay_out(changed, out)
-    manifest = tmp_path / "north/manifest.csv"
-    manifest.write_text("\n".join(manifest.read_text().splitlines()[:-1]) + "\n")
-    with pytest.raises(UserError, match="another plan"):
-        lay_out(read_plan(tmp_path / "plan.yaml"), out)
     assert read_done(work.specs[0].folder(out)) is None
+
+
+def test_other_images_masks_folds_or_labels_are_another_plan(tmp_path: Path) -> None:
+    work, out = laid_out(tmp_path)
+    plan, north = read_plan(tmp_path / "plan.yaml"), tmp_path / "north"
+
+    def digests() -> list[str]:
+        return [spec.digest for _, _, spec in VolumeData(plan).runs()]
+
+    before = [spec.digest for spec in work.specs]
+    assert digests() == before  # the folds that have been drawn meanwhile change nothing
+    manifest, mask = (north / name for name in ("manifest.csv", "masks/1.nii.gz"))
+    for path, change in (
+        (manifest, lambda: manifest.write_text("\n".join(manifest.read_text().splitlines()[:-1]) + "\n")),
+        (mask, lambda: without_a_voxel(mask)),
+        (north / "images/1.nii.gz", lambda: shifted(north / "images/1.nii.gz", mask)),
+        (north / "site.yaml", lambda: rewritten(north / "site.yaml", "foreground: [1, 2]\n")),
+        (north / "folds.csv", lambda: folds_exchanged(north / "folds.csv")),
+    ):
+        kept = {file: file.read_bytes() for file in (path, mask)}
+        change()
+        assert not set(digests()) & set(before), path
+        with pytest.raises(UserError, match="the folder of another plan: .* other settings or images: choose another"):
+            lay_out(plan, out)
+        for file, content in kept.items():
+            file.write_bytes(content)
+        assert digests() == before
+
+
+def without_a_voxel(path: Path) -> None:
+    """An organ smaller by a voxel, in a file of the same header."""
+    image = nibabel.load(path)
+    values = np.array(image.dataobj)
+    values[tuple(np.argwhere(values)[0])] = 0
+    nibabel.save(nibabel.Nifti1Image(values, image.affine, image.header), path)
+
+
+def shifted(*paths: Path) -> None:
+    """The same voxels, 5 mm higher."""
+    for path in paths:
+        image = nibabel.load(path)
+        values, affine = np.array(image.dataobj), image.affine.copy()
+        affine[2, 3] += 5
+        nibabel.save(nibabel.Nifti1Image(values, affine), path)
+
+
+def rewritten(path: Path, line: str) -> None:
+    path.write_text(path.read_text() + line)
+
+
+def folds_exchanged(path: Path) -> None:
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    path.write_text("\n".join(",".join([*row[:2], {"1": "2", "2": "1"}.get(row[2], row[2])]) for row in rows) + "\n")
 
 
 PHANTOMS = {"kind": "phantoms", "cases": 10}
@@ -409,6 +514,25 @@ PHANTOMS = {"kind": "phantoms", "cases": 10}
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"methods": ["prostate_ahnet", "prostate_finetune"]}, "the one that was trained without its validation cases"),
+        (
+            {"methods": [{**TUNED, "training": {"weights": "best_model.pt"}}]},
+            "method prostate_finetune: it goes on from a model, .* write training: {weights: {from: LABEL}}",
+        ),
+        ({"methods": [TUNED, "prostate_private"]}, "weights from 'prostate_ahnet': did you mean 'prostate_finetune'"),
+        (
+            {"methods": [{**TUNED, "training": {"weights": {"from": "prostate_private"}}}, "prostate_private"]},
+            "weights from 'prostate_private': take a method with one model for all sites",
+        ),
+        (
+            {
+                "methods": [
+                    TUNED,
+                    {"method": "prostate_ahnet", "training": {"network": "ahnet", "patch": [128, 128, 64]}},
+                ]
+            },
+            "method prostate_finetune: it has another network than prostate_ahnet",
+        ),
         ({"methods": ["fedavg"]}, "method fedavg learns classification, and the plan's task is segmentation"),
         ({"task": "segmentaton"}, "task is 'segmentaton': did you mean 'segmentation'"),
         ({"folds": 1}, "folds is 1: it must be a whole number from 2"),

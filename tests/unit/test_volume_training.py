@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from heterosync.training.patches import Patches
 from heterosync.training.schedule import lr_at
 from heterosync.training.seeds import stream
 from heterosync.training.segmentation import FoldData, probability_map
-from heterosync.training.stacked import PROBABILITY, RANGES, Draw, apply_stack, draw_stack
+from heterosync.training.stacked import PROBABILITY, RANGES, Draw, Stack, draw_stack
 from segment_toys import TINY, toy_cases, toy_volume, toy_volume_site
 
 
@@ -58,6 +59,18 @@ def test_the_ahnet_segments_a_patch_of_the_smallest_size():
     model = build_segmenter("ahnet", 0).eval()
     with torch.inference_mode():
         assert model(torch.zeros(1, 1, 64, 32, 32)).shape == (1, 1, 64, 32, 32)
+
+
+def test_the_tiny_network_normalises_each_volume_by_itself():
+    """No statistics of a site's scanner are fused, which would be true of none of them; AH-Net keeps its BatchNorm."""
+    model = build_segmenter("unet_tiny")
+    assert not any("running" in name for name in model.state_dict())
+    volumes = torch.randn(2, 1, 16, 16, 16)
+    changed = torch.stack([volumes[0], 5 * volumes[1] + 3])
+    first, second = (model.train()(images)[0] for images in (volumes, changed))
+    assert torch.allclose(first, second, atol=1e-5)  # whatever else is in the batch
+    assert torch.allclose(first, model.eval()(volumes[:1])[0], atol=1e-5)
+    assert any("running_mean" in name for name in build_segmenter("ahnet", 0).state_dict())
 
 
 def test_first_weights_depend_on_the_seed_alone():
@@ -126,15 +139,25 @@ def test_hausdorff_distance_and_volumes_against_independent_computation():
     _, first = toy_volume(1)
     _, second = toy_volume(2)
     spacing = (1.0, 0.5, 3.0)
-    score = score_case("x", torch.from_numpy(first), torch.from_numpy(second), spacing)
+    score = score_case("x", torch.from_numpy(first), torch.from_numpy(second), spacing, 1.5e-3)
     places = [surface(mask.astype(bool)) * np.array(spacing) for mask in (first, second)]
     distances = cdist(*places)
     expected = max(np.percentile(distances.min(axis), 95) for axis in (0, 1))
     assert score.hd95 == pytest.approx(expected, rel=1e-6)
     assert score.volume == pytest.approx(first.sum() * 1.5 / 1000)
     assert score.reference_volume == pytest.approx(second.sum() * 1.5 / 1000)
-    nothing = score_case("y", torch.zeros(first.shape), torch.from_numpy(second), spacing)
+    nothing = score_case("y", torch.zeros(first.shape), torch.from_numpy(second), spacing, 1.5e-3)
     assert (nothing.hd95, nothing.dice, nothing.volume) == (None, 0.0, 0.0)
+
+
+def test_millilitres_are_those_of_skewed_voxels():
+    data = toy_cases(1)
+    skewed = np.array([[2.0, 0, 1.2, 9], [0, 2.0, 0, 9], [0, 0, 1.6, 9], [0, 0, 0, 1]])  # 2 mm apart along each axis
+    data.cases[0].affine = torch.from_numpy(skewed)
+    case = Patches(data.cases, (16, 16, 16), 0.5).case(0)
+    assert case.spacing == pytest.approx((2.0, 2.0, 2.0)) and case.millilitres == pytest.approx(6.4e-3)  # not 8
+    score = score_case(case.id, case.mask, case.mask, case.spacing, case.millilitres)
+    assert score.volume == score.reference_volume == pytest.approx(int(case.mask.sum()) * 6.4e-3)
 
 
 def test_a_summary_names_what_is_undefined():
@@ -158,6 +181,10 @@ def patch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(image)[None], torch.from_numpy(mask)[None].float()
 
 
+def stacked(image: torch.Tensor, mask: torch.Tensor, name: str, *parameters: float) -> tuple[torch.Tensor, ...]:
+    return Stack(Draw({name: parameters}, 5), tuple(image.shape[1:])).apply(image, mask)
+
+
 def test_each_transformation_has_chance_one_half_and_stays_in_its_range():
     draws = [draw_stack(np.random.default_rng(seed)) for seed in range(400)]
     for name, ranges in RANGES.items():
@@ -174,13 +201,13 @@ def test_each_transformation_has_chance_one_half_and_stays_in_its_range():
 def test_a_transformation_alone_changes_what_it_should(name):
     image, mask = patch()
     parameters = tuple(low + 0.9 * (high - low) for low, high in RANGES[name])
-    changed, moved = apply_stack(image, mask, Draw({name: parameters}, 5))
+    changed, moved = stacked(image, mask, name, *parameters)
     assert type(changed) is torch.Tensor and changed.dtype == torch.float32 and changed.shape == image.shape
     assert not torch.allclose(changed, image)
     spatial = name in ("rotation", "scaling", "deformation")
     assert torch.equal(moved, mask) != spatial
     assert set(moved.unique().tolist()) == {0.0, 1.0}
-    again, _ = apply_stack(image, mask, Draw({name: parameters}, 5))
+    again, _ = stacked(image, mask, name, *parameters)
     assert torch.equal(changed, again)
 
 
@@ -188,7 +215,7 @@ def test_transformations_do_what_their_names_say():
     image, mask = patch()
 
     def apply(name: str, *values: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return apply_stack(image, mask, Draw({name: values}, 5))
+        return stacked(image, mask, name, *values)
 
     assert apply("scaling", 1.4)[1].sum() > 1.8 * mask.sum() > 0.6 * mask.sum() > apply("scaling", 0.7)[1].sum()
     assert apply("blur", 1.0)[0].std() < image.std() < apply("sharpness", 1.0, 0.5, 20.0)[0].std()
@@ -200,6 +227,33 @@ def test_transformations_do_what_their_names_say():
     assert moved[0][moved[1] > 0].mean().item() == pytest.approx(organ.item(), abs=0.15)  # image and mask move alike
     bent = apply("deformation", 10.0, 1000.0)
     assert bent[0][bent[1] > 0].mean() > bent[0][mask > 0].mean() + 0.1  # the mask went where the organ went
+
+
+def test_a_patch_that_is_shown_smaller_sees_what_lies_around_it_once():
+    """Not the organ mirrored at the borders of the patch, of which there would be 27."""
+    image, mask = toy_volume(3, (60, 56, 50))
+    patches = Patches([SimpleNamespace(image=image[None], mask=mask[None])], (24, 24, 24), 1.0)
+    stack = Stack(Draw({"scaling": (0.4,)}, 0), (24, 24, 24))
+    assert stack.margin == (18, 18, 18)  # (24 - 1) / 2 / 0.4 = 28.75 voxels from the middle, of which 11.5 are there
+    whole = 0
+    for number in range(4):
+        wide = patches.draw(0, stream("z", number), stack.margin)
+        drawn = patches.draw(0, stream("z", number))  # the same place, without what is around
+        inner = tuple(slice((side - 24) // 2, (side + 24) // 2) for side in wide[0].shape[1:])
+        assert all(torch.equal(one[0][inner], two[0]) for one, two in zip(wide, drawn, strict=True))
+        seen, found = stack.apply(*wide)
+        assert seen.shape == found.shape == (1, 24, 24, 24) and ndimage.label(found[0].numpy())[1] == 1
+        beyond = seen == 0
+        assert beyond.any() and not found[beyond].any()  # outside the volume: its mean, and no organ
+        if found[0, 1:-1, 1:-1, 1:-1].sum() == found.sum():
+            assert found.sum().item() == pytest.approx(mask.sum() * 0.4**3, rel=0.06)
+            whole += 1
+    assert whole
+    everything = {name: tuple(np.mean(ranges, 1)) for name, ranges in RANGES.items()} | {"scaling": (0.5,)}
+    for number in range(3):
+        stack = Stack(Draw(everything, number), (24, 24, 24))
+        _, found = stack.apply(*patches.draw(0, stream("z", number), stack.margin))
+        assert ndimage.label(found[0].numpy())[1] == 1
 
 
 # -- patches -----------------------------------------------------------------------------------------------------------
@@ -215,6 +269,7 @@ def test_patches_follow_the_ratio_and_pad_small_volumes():
     assert image.shape == mask.shape == (1, 32, 16, 32)
     assert not image[0, :4].any() and not image[0, 28:].any() and image[0, 4:28].any()  # 24 of 32 voxels along x
     whole = Patches(data.cases, (24, 22, 18), 0.5).draw(0, stream("z"))
+    assert all(map(torch.equal, whole, Patches(data.cases, (24, 22, 18), 0.5).draw(0, stream("z"), (9, 9, 9))))
     assert torch.equal(whole[0], data.cases[0].image) and torch.equal(whole[1], data.cases[0].mask.float())
 
 
@@ -308,7 +363,7 @@ def test_the_loop_learns_to_segment_and_reports_dice(tmp_path):
     mine = trainer(work=tmp_path)
     mine.progress = seen.append
     state = mine.model.state_dict()
-    for round_ in range(6):
+    for round_ in range(8):
         result = mine.train_round(round_, state)
         state = result.state
     assert set(result.metrics) == {
@@ -355,7 +410,7 @@ def test_volumes_train_in_bfloat16_with_weights_and_scores_in_float32():
         result = mine.train_round(round_, state)
         state = result.state
     assert set(seen) == {torch.bfloat16} and result.metrics["val_dice_best"] > 0.7
-    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+    assert {value.dtype for value in state.values()} == {torch.float32}
     found = mine.evaluate("test").metrics["dice"]
     plain = LocalTrainer(learner(), toy_cases(), "site-a")
     plain.model.load_state_dict(state)

@@ -31,6 +31,7 @@ def register(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from heterosync.study.figures.overlay import PATIENTS
     from heterosync.study.layout import STUDY
     from heterosync.study.pages.report import read_runs, report_dict, report_text, write_report
 
@@ -48,3 +49,5 @@ def _report(arguments: argparse.Namespace) -> None:
     print(report_text(runs))
     for file in files:
         print(f"wrote {file}")
+    if any(file.name.startswith("overlays") for file in files):
+        print(PATIENTS)

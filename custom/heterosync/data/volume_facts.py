@@ -72,7 +72,6 @@ def read_case(folder: Path, image: str, mask: str, foreground: Sequence[int]) ->
     if problems:
         return None, problems
     geometry = scan.geometry
-    millilitres = organ * abs(float(np.linalg.det(geometry.affine[:3, :3]))) / 1000
     facts = CaseFacts(
         shape=geometry.shape,
         spacing=tuple(round(float(step), 4) for step in geometry.spacing),
@@ -81,7 +80,7 @@ def read_case(folder: Path, image: str, mask: str, foreground: Sequence[int]) ->
         content=content,
         mask_content=mask_content,
         grids=hashlib.sha256(np.stack([geometry.affine, drawn.geometry.affine]).tobytes()).hexdigest(),
-        organ_ml=round(millilitres, 3),
+        organ_ml=round(organ * geometry.millilitres, 3),
     )
     return facts, []
 

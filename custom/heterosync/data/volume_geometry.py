@@ -41,6 +41,11 @@ class Geometry:
         return np.sqrt((self.affine[:3, :3] ** 2).sum(0))
 
     @property
+    def millilitres(self) -> float:
+        """The volume of a voxel: of a parallelepiped, where slices are skewed."""
+        return voxel_millilitres(self.affine)
+
+    @property
     def orientation(self) -> str:
         """Where the array axes lead to: "LPS" is the patient's left, back, top."""
         return "".join(nibabel.aff2axcodes(self.affine))
@@ -97,6 +102,11 @@ class Geometry:
         if apart > GRID_TOLERANCE * float(self.spacing.min()):
             return f"lies up to {apart:.3g} mm beside the image"
         return None
+
+
+def voxel_millilitres(affine: np.ndarray) -> float:
+    """The volume of a voxel in ml, by the affine (4, 4) in mm."""
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 
 
 def _times(numbers: tuple[int, ...]) -> str:

@@ -36,7 +36,7 @@ class Fusion:
 
     reference: name -> tensor, numpy array or (shape, type) pair; every contribution must have exactly these.
     weighting: "equal" (paper equation 1), "samples" (n_k / n), "metric" and "quality" (s_k / s, where s_k is the scalar
-    `metric` that site k reports; equal where all of them are 0), "none" (contributions carry metrics only).
+    `metric`, 0 to 1, that site k reports; equal where all of them are 0), "none" (contributions carry metrics only).
     needed: scalars without which a contribution does not count.
     spill: a folder; contributions then wait on disk, so that memory does not grow with the number of sites. The files
     are written over in the next round and deleted with this object.
@@ -165,8 +165,8 @@ class Fusion:
         score = contribution.metrics.get(self._metric) if self.weighting in SCORED else 0.0
         if score is None:
             raise refuse(f"it reports no {self._metric}, by which sites are weighed here")
-        if not 0 <= score < math.inf:  # also false for NaN
-            raise refuse(f"its {self._metric} is {score}, by which sites are weighed here: it must be 0 or more")
+        if not 0 <= score <= 1:  # also false for NaN; a larger one would be a larger share of the mean than its due
+            raise refuse(f"its {self._metric} is {score}, by which sites are weighed here: it must be from 0 to 1")
         for name in self._needed:
             if name not in contribution.metrics:
                 raise refuse(f"it reports no {name}, which this method goes by")

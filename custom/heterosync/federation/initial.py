@@ -26,7 +26,7 @@ def initial_weights(method: str, training: Mapping[str, Any] | None) -> str | No
     """
     if get_method(method).weighting == "none":
         return None
-    return get_method(method).first_weights(get_method(method).task.Settings.from_dict(training))
+    return get_method(method).first_weights(get_method(method).recipe(training))
 
 
 def own_weights(method: Method, model: nn.Module) -> str | None:

@@ -157,7 +157,7 @@ def _made_here(method: str, training: Mapping[str, Any]) -> dict[str, str]:
     """What made a model, and from which weights it started (see `resolved_weights`; "unknown": they are not here)."""
     made = get_method(method)
     try:
-        weights = made.first_weights(made.task.Settings.from_dict(training))
+        weights = made.first_weights(made.recipe(training))
     except UserError:
         weights = "unknown"
     return {"heterosync": __version__, "torch": str(torch.__version__), INITIAL_WEIGHTS: weights}

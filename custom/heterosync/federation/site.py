@@ -26,7 +26,7 @@ from heterosync.federation.trainings import difference
 from heterosync.federation.wire import WirePolicy, is_site_name, reportable
 from heterosync.files import make_folder, read_json, write_json
 from heterosync.methods import make_method
-from heterosync.training.checks import check_device
+from heterosync.training.checks import check_device, few_scored
 from heterosync.training.examples import Outcome
 from heterosync.training.loop import LocalTrainer
 from heterosync.training.precision import choose_precision
@@ -184,9 +184,8 @@ class SiteTrainer:
         return self._over(data, device, self._precision(device))
 
     def _load(self) -> LocalData:
-        method = self.method
         try:
-            return self.task.load(self.folder, method.training, method.needs_anchor, method.pooled)
+            return self.task.load(self.folder, self.method.training, self.method.needs_anchor, self.method.pooled)
         except UserError as error:
             raise ProblemList([f"site {self.site}: {line}" for line in str(error).splitlines()]) from error
 
@@ -197,7 +196,9 @@ class SiteTrainer:
             trainer.received = lambda round_, score: self._received(trainer, round_, score)
         again = f", goes on after round {finished}" if finished is not None else ""
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
-        self._log(f"site {self.site}: {counts} {self.task.items}; {device}, {precision}{again}")
+        opened = f"site {self.site}: {counts} {self.task.items}; {device}, {precision}{again}"
+        for line in (opened, *few_scored(self.site, data, self.task.items)):
+            self._log(line)
         return trainer
 
     def _with_new_images(self, trainer: LocalTrainer) -> LocalTrainer:

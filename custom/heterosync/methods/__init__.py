@@ -130,7 +130,7 @@ def make_method(
     """
     method = get_method(name)
     if not isinstance(training, LoopSettings):
-        training = method.task.Settings.from_dict(training)
+        training = method.recipe(training)
     elif not isinstance(training, method.task.Settings):
         raise TypeError(f"method {name} trains with {method.task.Settings.__name__}, not {type(training).__name__}")
     return method(settings_from(method.Settings, settings), training)

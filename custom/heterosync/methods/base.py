@@ -92,8 +92,10 @@ class Method(ABC):
         only_updates    what a site sends is the state that it received, trained on: it can be clipped and noised
         split           the network is cut: the server trains the shared tensors itself, on what the sites send in every
                         step; all sites make as many steps, and their last state counts, not their best
+        goes_on         it begins with an earlier model, which the training setting `weights` names
         topology        who combines, unless a job says otherwise: "star", the server; "swarm", the sites in turn
         Settings        frozen dataclass of the hyper-parameters
+        Training        frozen dataclass of the training settings; None: the task's
     """
 
     name: ClassVar[str]
@@ -110,14 +112,21 @@ class Method(ABC):
     needs_all: ClassVar[bool] = False
     only_updates: ClassVar[bool] = True
     split: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = False
     topology: ClassVar[str] = "star"
     Settings: ClassVar[type[BaseSettings]] = NoSettings
+    Training: ClassVar[type[LoopSettings] | None] = None
 
     def __init__(self, settings: BaseSettings | None = None, training: LoopSettings | None = None):
         self.settings = settings if settings is not None else self.Settings()
-        self.training: Any = training if training is not None else self.task.Settings()
+        self.training: Any = training if training is not None else self.recipe()
         self.weighting = getattr(self.settings, "weighting", type(self).weighting)
         self.exchange: Callable[[Parcel], Parcel] | None = None  # split methods: ask the server, while a round runs
+
+    @classmethod
+    def recipe(cls, values: Mapping[str, Any] | None = None) -> LoopSettings:
+        """The training settings, defaults but for `values`. Raises `UserError` for an unknown name or bad value."""
+        return (cls.Training or cls.task.Settings).from_dict(values)
 
     @property
     def min_sites(self) -> int:

@@ -14,4 +14,4 @@ def label_entropy(counts: Sequence[float]) -> float:
 
 def equitability(counts: Sequence[float]) -> float:
     """Shannon's: the entropy divided by its largest value; 1 for equal counts, 0 for a single class."""
-    return label_entropy(counts) / math.log(len(counts))
+    return min(1.0, label_entropy(counts) / math.log(len(counts)))

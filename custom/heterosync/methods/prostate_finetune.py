@@ -26,6 +26,11 @@ class FinetuneSettings(Settings):
         return {} if self.distillation else {"temperature": "distillation above 0"}
 
 
+@dataclass(frozen=True)
+class FinetuneTraining(VolumeSettings):
+    lr: float = setting(1e-5, "[R] a tenth of the federation's: small, as [M] advises", low=1e-12)
+
+
 class ProstateFinetune(Method):
     """The step that Sarma et al., JAMIA 2021, Discussion, name as future work: each site goes on alone from the
     federated model, by Li Z. and Hoiem D., "Learning without forgetting", IEEE TPAMI 40(12), 2018, arXiv 1606.09282.
@@ -38,8 +43,8 @@ class ProstateFinetune(Method):
     No volume of another site is needed. The paper adds an output for a new task; here the task stays and the scanner
     changes, so that both terms see the same output [R]. The received model's outputs are those of the augmented patch.
 
-    The setting `weights` of the training names the received model's file (a best_model.pt). A learning rate of a tenth
-    or less of the federation's is the paper's advice for fine-tuning.
+    The setting `weights` of the training names the received model's file (a best_model.pt). The learning rate is a
+    tenth of the federation's [R]: the paper's advice is a small one.
     Sent: no tensor.
 
     Degenerates: with distillation = 0 into `prostate_private` from the received model, plain fine-tuning.
@@ -53,7 +58,9 @@ class ProstateFinetune(Method):
     task = SEGMENTATION
     weighting = "none"
     personal = True
+    goes_on = True
     Settings = FinetuneSettings
+    Training = FinetuneTraining
     settings: FinetuneSettings
     training: VolumeSettings
     _received: nn.Module | None = None

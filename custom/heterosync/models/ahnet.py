@@ -29,7 +29,8 @@ def architecture(network: str, psp_blocks: int = 4) -> tuple[str, dict[str, Any]
     ends: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1}
     if network == "ahnet":
         return "AHNet", {**ends, "psp_block_num": psp_blocks, "upsample_mode": "transpose"}
-    return "UNet", {**ends, "channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 1, "norm": "batch"}
+    # InstanceNorm: BatchNorm's statistics of different scanners, fused into one, fit none of them.
+    return "UNet", {**ends, "channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 1, "norm": "instance"}
 
 
 def build_segmenter(network: str, psp_blocks: int = 4, weights: str = "none") -> nn.Module:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ import monai
 import nibabel
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from heterosync.data.volume_phantoms import FIELD_OF_VIEW, make_phantom
 from heterosync.data.volume_preprocess import AXES, INTERPOLATIONS
 from heterosync.data.volumes import open_volume, write_nifti
 from heterosync.errors import UserError
 from heterosync.federation.modelfile import ModelFile
 from heterosync.files import new_folder, write_json, write_stream, write_text
 from heterosync.models.ahnet import architecture
-from heterosync.study.segment import open_segmenter
+from heterosync.study.segment import Segmenter, open_segmenter
 from heterosync.training.dice import THRESHOLD
 
 #: Largest difference between the bundle's probabilities and the package's that is taken as equal (float32 rounding).
@@ -36,7 +39,7 @@ SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/downlo
 
 
 def export_bundle(files: Sequence[ModelFile], out: Path | str) -> dict[str, object]:
-    """Write the bundle folder `out`, run it on a made-up oblique volume, and compare it with the model.
+    """Write the bundle folder `out`, run it on a synthetic oblique volume, and compare it with the model.
 
     Returns what a user must know. Raises `UserError` when the bundle gives other probabilities, or for more than one
     model; nothing is left behind then.
@@ -54,8 +57,7 @@ def export_bundle(files: Sequence[ModelFile], out: Path | str) -> dict[str, obje
         write_text(folder / README, _readme(file, Path(out).name))
         with tempfile.TemporaryDirectory(prefix="heterosync-") as temporary:
             scan = _made_up(Path(temporary) / "scans" / "scan.nii.gz", training.spacing)
-            found = run_bundle(folder, scan.parent, Path(temporary) / "masks")
-            difference = float(np.abs(found - segmenter.probabilities(open_volume(scan))).max())
+            difference = _difference(folder, segmenter, scan, Path(temporary))
         if not difference <= TOLERANCE:
             raise UserError(
                 f"the bundle's probabilities differ from the model's by {difference:.1e}: it is not written"
@@ -70,21 +72,45 @@ def export_bundle(files: Sequence[ModelFile], out: Path | str) -> dict[str, obje
     }
 
 
-def run_bundle(bundle: Path, scans: Path, out: Path) -> np.ndarray:
-    """The probabilities that a bundle gives for the one scan in a folder, in this process and on the CPU."""
+def _difference(bundle: Path, segmenter: Segmenter, scan: Path, work: Path) -> float:
+    """Largest difference of probabilities between bundle and model: as they are, and with logits brought into the range
+    where a probability shows that they differ. A model that is sure of itself gives 0 and 1 to nearly any input."""
+    volume, logits = open_volume(scan), list[Tensor]()
+    (network,) = segmenter.networks
+    with network.register_forward_hook(lambda _, __, found: logits.append(found.float().cpu().flatten())):
+        wanted = segmenter.probabilities(volume)
+    plain = np.abs(run_bundle(bundle, scan.parent, work / "plain") - wanted).max()
+    values = torch.cat(logits)
+    # no more than float32 can tell: TOLERANCE of a probability is then some hundred roundings of the largest logit
+    centred = {"middle": float(values.mean()), "spread": max(1.0, float(values.std()), float(values.abs().max()) / 16)}
+    changed = {
+        "centred": {"_target_": f"{__name__}.Centred", **centred},
+        "network_def": "$torch.nn.Sequential(@logits, @centred, torch.nn.Sigmoid())",
+    }
+    wanted = replace(segmenter, networks=[nn.Sequential(network, Centred(**centred))]).probabilities(volume)
+    return float(max(plain, np.abs(run_bundle(bundle, scan.parent, work / "centred", changed) - wanted).max()))
+
+
+class Centred(nn.Module):
+    """Logits with `middle` at 0, in units of `spread`."""
+
+    def __init__(self, middle: float, spread: float):
+        super().__init__()
+        self._middle, self._spread = middle, spread
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return (logits - self._middle) / self._spread
+
+
+def run_bundle(bundle: Path, scans: Path, out: Path, changed: Mapping[str, Any] | None = None) -> np.ndarray:
+    """The probabilities that a bundle gives for the one scan in a folder, in this process and on the CPU. changed: keys
+    of its configuration."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
     parser.read_config(bundle / CONFIG)
-    parser.update(
-        {
-            "bundle_root": str(bundle),
-            "dataset_dir": str(scans),
-            "output_dir": str(out),
-            "device": "$torch.device('cpu')",
-            "probability": True,
-        }
-    )
+    places = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(out)}
+    parser.update({**places, "device": "$torch.device('cpu')", "probability": True, **(changed or {})})
     with _quiet_monai():
         parser.get_parsed_content("run")
     (path,) = out.glob("*_probability.nii.gz")
@@ -106,7 +132,7 @@ def _quiet_monai() -> Iterator[None]:
 
 
 def _made_up(path: Path, spacing: float) -> Path:
-    """Noise on a grid that is turned about all axes, left and back first as in DICOM."""
+    """Part of a synthetic prostate on a grid that is turned about all axes, left and back first as in DICOM."""
     angles = np.deg2rad([8.0, -6.0, 15.0])
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     for axis, angle in enumerate(angles):
@@ -116,7 +142,8 @@ def _made_up(path: Path, spacing: float) -> Path:
         affine = turn @ affine
     affine = affine @ np.diag([0.8 * spacing, 0.7 * spacing, 2.5 * spacing, 1.0])
     affine[:3, 3] = 12.0, -7.0, 30.0
-    write_nifti(path, np.random.default_rng(0).normal(100, 20, (30, 26, 8)).astype(np.float32), affine)
+    phantom = make_phantom("north", 0, field_of_view=FIELD_OF_VIEW[0]).image
+    write_nifti(path, phantom[30:60, 30:56, 8:16].astype(np.float32), affine)
     return path
 
 

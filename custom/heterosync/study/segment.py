@@ -24,12 +24,11 @@ from heterosync.training import SEGMENTATION
 from heterosync.training.dice import THRESHOLD, CaseScore, score_case, summarise
 from heterosync.training.segmentation import probability_map
 from heterosync.training.views import View, axial_view
+from heterosync.training.volume_settings import ALIKE
 
 SUFFIX = ".nii.gz"
 MASKS, PROBABILITIES, TABLE, OVERLAYS = "masks", "probabilities", "cases.csv", "overlays"
 COLUMNS = ("image", "mask", "volume", "dice", "hd95", "reference_volume")
-#: Settings in which the models of an ensemble must not differ: how they see a volume.
-ALIKE = ("spacing", "interpolation", "patch")
 
 
 @dataclass(frozen=True)
@@ -148,11 +147,11 @@ def _segment(segmenter: Segmenter, scan: Scan, paths: Sequence[Path]) -> Segment
     for path, values in zip(paths, (found, probabilities), strict=False):
         write_nifti(path, values, geometry.affine)
     spacing = geometry.spacing.tolist()
-    volume = float(found.sum() * np.prod(spacing) / 1000)
+    volume = int(found.sum()) * geometry.millilitres
     organ = scan.organ()
     if organ is None:
         return Segmented(scan, volume, None, None)
-    score = score_case(scan.id, torch.from_numpy(found), torch.from_numpy(organ), spacing)
+    score = score_case(scan.id, torch.from_numpy(found), torch.from_numpy(organ), spacing, geometry.millilitres)
     image, drawn, mine = (geometry.in_canonical_order(values) for values in (scan.image.read(), organ, found))
     view = axial_view(scan.id, score.dice, image, drawn, mine, geometry.canonical().spacing.tolist())
     return Segmented(scan, volume, score, view)

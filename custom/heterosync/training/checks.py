@@ -12,6 +12,9 @@ from heterosync.errors import UserError, nearest
 from heterosync.training.precision import PRECISIONS
 from heterosync.training.task import LocalData
 
+#: A mean over fewer scores is hardly one.
+FEW = 3
+
 
 def check_machine(site: str, device: torch.device, precision: str) -> None:
     """The device is there, the precision is known."""
@@ -41,6 +44,17 @@ def check_trainable(site: str, data: LocalData, items: str, least: int) -> None:
     """There is something to train on; a site that only evaluates needs no training rows."""
     if len(data.splits["train"]) < least:
         raise UserError(f"site {site}: the train split has fewer than {least} {items}: add rows to manifest.csv")
+
+
+def few_scored(site: str, data: LocalData, items: str) -> list[str]:
+    """A warning for each split whose mean score, which leaves the site, tells of single patients."""
+    counts = {split: len(data.splits.get(split, ())) for split in ("validation", "test")}
+    return [
+        f"site {site}: {split} has {count} {items}: their score, which leaves the site, is that of single patients: "
+        f"use {FEW} or more"
+        for split, count in counts.items()
+        if 0 < count < FEW
+    ]
 
 
 def split_rows(site: str, data: LocalData, split: str) -> np.ndarray:

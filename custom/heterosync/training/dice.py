@@ -48,8 +48,9 @@ class CaseScore:
     reference_volume: float
 
 
-def score_case(id_: str, found: Tensor, mask: Tensor, spacing: Sequence[float]) -> CaseScore:
-    """Scores of a found mask against the reference, both (x, y, z) with voxels of `spacing` mm.
+def score_case(id_: str, found: Tensor, mask: Tensor, spacing: Sequence[float], millilitres: float) -> CaseScore:
+    """Scores of a found mask against the reference, both (x, y, z), their voxels `spacing` mm apart along each axis and
+    of a volume of `millilitres`, which is less than the product where the axes are skewed.
 
     The 95 % Hausdorff distance is MONAI's: the larger of the two directed 95th percentiles of surface distances.
     """
@@ -64,7 +65,6 @@ def score_case(id_: str, found: Tensor, mask: Tensor, spacing: Sequence[float]) 
                 found[None, None], mask[None, None], include_background=True, percentile=95, spacing=list(spacing)
             )
         distance = float(distances)
-    millilitres = float(np.prod(spacing)) / 1000
     volumes = int(found.sum()) * millilitres, int(mask.sum()) * millilitres
     return CaseScore(id_, dice_coefficient(found, mask), distance, *volumes)
 

@@ -16,12 +16,14 @@ TRIES = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A volume with its mask as tensors: image float32 (1, x, y, z), mask bool (x, y, z), spacing in mm."""
+    """A volume with its mask as tensors: image float32 (1, x, y, z), mask bool (x, y, z); of its voxels, the spacing in
+    mm and the volume in ml."""
 
     id: str
     image: Tensor
     mask: Tensor
     spacing: tuple[float, ...]
+    millilitres: float
 
 
 class Patches:
@@ -33,23 +35,31 @@ class Patches:
 
     def case(self, row: int) -> Case:
         """The whole volume of a row."""
+        from heterosync.data.volume_geometry import voxel_millilitres
+
         volume = self._cases[row]
         image = torch.from_numpy(np.array(volume.image, dtype=np.float32))
-        spacing = np.sqrt((np.asarray(volume.affine)[:3, :3] ** 2).sum(0)).tolist()
-        return Case(volume.id, image, torch.from_numpy(np.asarray(volume.mask[0]) > 0), tuple(spacing))
+        mask, affine = torch.from_numpy(np.asarray(volume.mask[0]) > 0), np.asarray(volume.affine)
+        spacing = np.sqrt((affine[:3, :3] ** 2).sum(0)).tolist()
+        return Case(volume.id, image, mask, tuple(spacing), voxel_millilitres(affine))
 
-    def draw(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, row: int, rng: np.random.Generator, margin: Sequence[int] = (0, 0, 0)) -> tuple[Tensor, Tensor]:
         """Image and mask, float32 (1, *patch). A patch keeps within the volume; where that is smaller, the image is
-        padded with its mean, zero, and the mask with background, evenly on both sides."""
+        padded with its mean, zero, and the mask with background, evenly on both sides.
+
+        margin: voxels that are seen beyond the patch, likewise on both sides and padded where only one has them; less
+        where the volume ends on both."""
         volume = self._cases[row]
         whole, organ = np.asarray(volume.image), np.asarray(volume.mask)
         inside, padding = [slice(None)], [(0, 0)]
         centre = self._centre(row, organ[0], rng)
-        for middle, side, length in zip(centre, self._patch, organ.shape[1:], strict=True):
-            first = int(np.clip(middle - side // 2, 0, max(0, length - side)))
+        for middle, side, length, beyond in zip(centre, self._patch, organ.shape[1:], margin, strict=True):
             lacking = max(0, side - length)
-            inside.append(slice(first, first + side))
-            padding.append((lacking // 2, lacking - lacking // 2))
+            first = int(np.clip(middle - side // 2, 0, max(0, length - side))) - lacking // 2
+            beyond = min(beyond, max(0, first, length - first - side))
+            start, stop = first - beyond, first + side + beyond
+            inside.append(slice(max(0, start), min(length, stop)))
+            padding.append((max(0, -start), max(0, stop - length)))
         image, mask = (np.array(part[tuple(inside)], np.float32) for part in (whole, organ))
         return torch.from_numpy(np.pad(image, padding)), torch.from_numpy(np.pad(mask, padding))
 

@@ -23,7 +23,7 @@ from heterosync.training.learner import Learner
 from heterosync.training.patches import Case, Patches
 from heterosync.training.precision import autocast
 from heterosync.training.seeds import stream
-from heterosync.training.stacked import apply_stack, draw_stack
+from heterosync.training.stacked import Stack, draw_stack
 from heterosync.training.task import Task
 from heterosync.training.views import View, axial_view, views_file, write_views
 from heterosync.training.volume_settings import VolumeSettings
@@ -162,15 +162,19 @@ class VolumeExamples(Examples):
         """The same for the mean of the models' probabilities."""
         scores, views = [], []
         for case, found in self._segmented(models, split):
-            scores.append(score_case(case.id, found, case.mask, case.spacing))
+            scores.append(score_case(case.id, found, case.mask, case.spacing, case.millilitres))
             image, mask, mine = (part.numpy() for part in (case.image[0], case.mask, found))
             views.append(axial_view(case.id, scores[-1].dice, image, mask, mine, case.spacing))
         return Segmented(scores, summarise(scores), views)
 
     def _patch(self, row: int, key: tuple, augmented: bool) -> tuple[Tensor, Tensor]:
-        image, mask = self._patches.draw(row, stream(*key, "crop"))
-        image, mask = image.to(self._device), mask.to(self._device)
-        return apply_stack(image, mask, draw_stack(stream(*key, "augment"))) if augmented else (image, mask)
+        place = stream(*key, "crop")
+        if not augmented:
+            image, mask = self._patches.draw(row, place)
+            return image.to(self._device), mask.to(self._device)
+        stack = Stack(draw_stack(stream(*key, "augment")), self._learner.training.patch, self._device)
+        image, mask = self._patches.draw(row, place, stack.margin)
+        return stack.apply(image.to(self._device), mask.to(self._device))
 
     def _batch(self, patches: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         images, masks = zip(*patches, strict=True)

@@ -9,6 +9,7 @@ deformation are one grid, so that image and mask are interpolated once; magnific
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -50,49 +51,66 @@ def draw_stack(rng: np.random.Generator) -> Draw:
     return Draw(drawn, int(rng.integers(2**63)))
 
 
-def apply_stack(image: Tensor, mask: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Image and mask, float32 (1, x, y, z) -> the same shapes; the mask stays one of 0 and 1."""
-    from monai.transforms import AdjustContrast, GaussianSharpen, GaussianSmooth
+class Stack:
+    """What `draw` does to a patch of the size `shape`, for whose transformations of space more is seen than the patch.
 
-    chosen, rng = draw.parameters, np.random.default_rng(draw.seed)
-    if "sharpness" in chosen:
-        image = GaussianSharpen(*chosen["sharpness"][:3])(image)
-    if "blur" in chosen:
-        image = GaussianSmooth(*chosen["blur"])(image)
-    if "noise" in chosen:
-        noise = rng.standard_normal(tuple(image.shape), dtype=np.float32)
-        image = image + torch.from_numpy(noise).to(image.device) * chosen["noise"][0]
-    if "brightness" in chosen:
-        image = image + chosen["brightness"][0]
-    if "contrast" in chosen:
-        image = AdjustContrast(*chosen["contrast"])(image)
-    if "perturb" in chosen:
-        scale, shift = chosen["perturb"]
-        image = image * (1 + scale) + shift
-    if chosen.keys() & {"rotation", "scaling", "deformation"}:
-        image, mask = _move(image, mask, chosen, rng)
-    return _plain(image), _plain(mask)
+    margin: voxels along x, y, z beyond the patch on both of its sides that it takes. Without them, what a smaller
+    magnification lets in would have to be made up: the organ's mirror images, where anatomy has one organ.
+    """
 
+    def __init__(self, draw: Draw, shape: tuple[int, ...], device: torch.device | str = "cpu"):
+        self._chosen, self._shape = draw.parameters, tuple(shape)
+        self._rng = np.random.default_rng(draw.seed)
+        spatial = self._chosen.keys() & {"rotation", "scaling", "deformation"}
+        self._grid = self._made_grid(torch.device(device)) if spatial else None
+        self.margin = (0, 0, 0) if self._grid is None else self._beyond(self._grid)
 
-def _move(
-    image: Tensor, mask: Tensor, chosen: dict[str, tuple[float, ...]], rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    from monai.networks.layers import GaussianFilter
-    from monai.transforms import AffineGrid, Resample
-    from monai.transforms.utils import create_grid
+    def apply(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and mask, float32 (1, x, y, z) around the middle of the patch -> both of the patch's size; the mask
+        stays one of 0 and 1. What lies beyond what is given is taken as 0, the volume's mean, and as background."""
+        from monai.transforms import AdjustContrast, GaussianSharpen, GaussianSmooth, Resample
 
-    shape, device = tuple(image.shape[1:]), image.device
-    grid = create_grid(shape, device=device, backend="torch", dtype=np.float32)
-    if "deformation" in chosen:
-        sigma, magnitude = chosen["deformation"]
-        field = torch.from_numpy(rng.uniform(-1, 1, (3, *shape)).astype(np.float32)).to(device)
-        grid[:3] += GaussianFilter(3, sigma, 3.0).to(device)(field[None])[0] * magnitude
-    angles = tuple(np.deg2rad(chosen.get("rotation", (0.0, 0.0, 0.0))).tolist())
-    size = 1 / chosen["scaling"][0] if "scaling" in chosen else 1.0  # a grid that spans more shows things smaller
-    grid, _ = AffineGrid(rotate_params=angles, scale_params=(size,) * 3, device=device)(grid=grid)
-    # Mirrored at the border, both alike: an organ that a patch cuts off goes on in image and mask.
-    resample = Resample(padding_mode="reflection", dtype=np.float32)
-    return resample(image, grid, mode="bilinear"), resample(mask, grid, mode="nearest")
+        chosen = self._chosen
+        if "sharpness" in chosen:
+            image = GaussianSharpen(*chosen["sharpness"][:3])(image)
+        if "blur" in chosen:
+            image = GaussianSmooth(*chosen["blur"])(image)
+        if "noise" in chosen:
+            noise = self._rng.standard_normal(tuple(image.shape), dtype=np.float32)
+            image = image + torch.from_numpy(noise).to(image.device) * chosen["noise"][0]
+        if "brightness" in chosen:
+            image = image + chosen["brightness"][0]
+        if "contrast" in chosen:
+            image = AdjustContrast(*chosen["contrast"])(image)
+        if "perturb" in chosen:
+            scale, shift = chosen["perturb"]
+            image = image * (1 + scale) + shift
+        if self._grid is not None:
+            resample = Resample(padding_mode="zeros", dtype=np.float32)
+            image = resample(image, self._grid, mode="bilinear")
+            mask = resample(mask, self._grid, mode="nearest")
+        return _plain(image), _plain(mask)
+
+    def _made_grid(self, device: torch.device) -> Tensor:
+        """Where each voxel of the patch comes from, in voxels from its middle."""
+        from monai.networks.layers import GaussianFilter
+        from monai.transforms import AffineGrid
+        from monai.transforms.utils import create_grid
+
+        chosen = self._chosen
+        grid = create_grid(self._shape, device=device, backend="torch", dtype=np.float32)
+        if "deformation" in chosen:
+            sigma, magnitude = chosen["deformation"]
+            field = torch.from_numpy(self._rng.uniform(-1, 1, (3, *self._shape)).astype(np.float32)).to(device)
+            grid[:3] += GaussianFilter(3, sigma, 3.0).to(device)(field[None])[0] * magnitude
+        angles = tuple(np.deg2rad(chosen.get("rotation", (0.0, 0.0, 0.0))).tolist())
+        size = 1 / chosen["scaling"][0] if "scaling" in chosen else 1.0  # a grid that spans more shows things smaller
+        grid, _ = AffineGrid(rotate_params=angles, scale_params=(size,) * 3, device=device)(grid=grid)
+        return _plain(grid)
+
+    def _beyond(self, grid: Tensor) -> tuple[int, ...]:
+        reached = grid[:3].abs().flatten(1).amax(1).tolist()
+        return tuple(max(0, math.ceil(far - (side - 1) / 2)) for far, side in zip(reached, self._shape, strict=True))
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from heterosync.study.table import ABSENT, mean, text_table
 from heterosync.training import SEGMENTATION
 from heterosync.training.checks import check_device
 from heterosync.training.segmentation import VolumeExamples
+from heterosync.training.volume_settings import ALIKE
 
 #: Printed mean and standard deviation of Dice: model -> test set (Tables 3 and 4; ProstateX is the challenge set).
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
@@ -94,7 +96,8 @@ class SetScores:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Federated minus private Dice over `n` cases that both segmented: mean, t and two-sided p."""
+    """Federated minus private Dice over `n` cases that both segmented: mean, t and two-sided p. t is infinite where all
+    cases differ by the same."""
 
     n: int
     difference: float
@@ -125,7 +128,9 @@ def paired_tests(scores: Iterable[CaseDice], federated: str) -> dict[str, Paired
         ours = np.array([reference[key] for key in sorted(reference)])
         theirs = np.array([cases[key] for key in sorted(reference)])
         same = np.array_equal(ours, theirs)  # no spread and no difference: scipy's t is not a number
-        outcome = ttest_rel(ours, theirs)
+        with np.errstate(divide="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            outcome = ttest_rel(ours, theirs)
         t, p = (0.0, 1.0) if same else (float(outcome.statistic), float(outcome.pvalue))
         found[model] = PairedTest(len(ours), float((ours - theirs).mean()), t, p)
     return found
@@ -234,11 +239,12 @@ def score_ensemble(
     place, built = torch.device(device), [file.build() for file in files]
     method = built[0][0]
     for other, _ in built:
-        alike = other.task is SEGMENTATION and all(
-            getattr(other.training, name) == getattr(method.training, name) for name in ("spacing", "patch", "network")
-        )
-        if not alike:
-            raise UserError(f"model {model}: its files are not alike: an ensemble averages one method's segmentations")
+        if other.task is not SEGMENTATION:
+            raise UserError(f"model {model}: method '{other.name}' does not segment volumes: leave its file out")
+        names = (*ALIKE, "network")
+        unlike = [name for name in names if getattr(other.training, name) != getattr(method.training, name)]
+        if unlike:
+            raise UserError(f"model {model}: its files differ in {unlike[0]}: average models trained alike")
     found = []
     for site, folder in sorted(sites.items()):
         check_device(site, place)

@@ -13,7 +13,7 @@ from heterosync.study.evidence.outcomes import read_finished
 from heterosync.study.evidence.runs import read_runs
 from heterosync.study.evidence.views import views_of_study
 from heterosync.study.layout import GLOBAL, PREDICTIONS, RESULTS, UNSEEN, VIEWS, Done, RunSpec, own_model
-from heterosync.study.running.volume_plan import ENSEMBLE, part_of
+from heterosync.study.running.volume_plan import ENSEMBLE, FROM, part_of
 from heterosync.study.scores import read_scores
 from heterosync.training.views import View
 
@@ -118,6 +118,11 @@ def _read_run(spec: RunSpec, folder: Path, done: Done) -> VolumeOutcome:
         _same_cases(results, rows)
         return VolumeOutcome(spec, folder, scores, personal, [], asdict(done), {})
     record = read_runs([results])[0]
+    info = record.info
+    if FROM in spec.settings:  # in place of a path on the machine that trained
+        source = part_of(Path(spec.settings[FROM]).name)[0]
+        told = {"weights": f"the best model of {source} in the same fold"}
+        info = {**info, "training": {**(info.get("training") or {}), **told}}
     for site, metrics in record.test_metrics.items():
         have = sum(row.site == site for row in rows)
         if have != metrics.get("n"):
@@ -125,7 +130,7 @@ def _read_run(spec: RunSpec, folder: Path, done: Done) -> VolumeOutcome:
                 f"{results / PREDICTIONS} has {have} cases of {site}, but the run tested {metrics.get('n'):g}: the file"
                 f" is truncated or not this run's; remove {folder}, and it is run again"
             )
-    return VolumeOutcome(spec, folder, scores, personal, record.history, asdict(done), record.info)
+    return VolumeOutcome(spec, folder, scores, personal, record.history, asdict(done), info)
 
 
 def _same_cases(results: Path, rows: list[CaseDice]) -> None:

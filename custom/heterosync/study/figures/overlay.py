@@ -18,6 +18,11 @@ CAPTION = (
     "Axial slices from the lower to the upper end of the organ, the patient's right at the left: contours of the "
     "reference (solid) and of the prediction (dashed)."
 )
+#: Beside every page that holds them.
+PATIENTS = (
+    "The slices and names of test cases shown here are the sites' own: of patients, unless a program drew the volumes. "
+    "Page and figures stay where these images may be."
+)
 SIDE = 1.5  # inches of a slice's width
 
 

@@ -11,7 +11,7 @@ from heterosync.files import make_folder, write_text
 from heterosync.study.evidence.runs import Run, read_runs
 from heterosync.study.evidence.views import views_of_run
 from heterosync.study.figures import run as figures
-from heterosync.study.figures.overlay import CAPTION, overlays
+from heterosync.study.figures.overlay import CAPTION, PATIENTS, overlays
 from heterosync.study.pages import html
 from heterosync.study.table import ABSENT, csv_table, mean, number, text_table, with_interval
 from heterosync.training import Task
@@ -153,6 +153,7 @@ def write_report(runs: Sequence[Run], out: Path | str) -> list[Path]:
         views = views_of_run(run.folder, run.model or "")
         if views:
             drawn = overlays(views, out / (f"overlays_{k + 1}" if len(runs) > 1 else "overlays"))
+            seen.parts += [] if seen.parts else [html.note(PATIENTS)]
             seen.parts += [html.heading(run.label), html.figure(drawn[-1], CAPTION)]
             files += drawn
     if seen.parts:

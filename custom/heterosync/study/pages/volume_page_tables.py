@@ -36,7 +36,8 @@ def test_table(tests: Mapping[str, Mapping[str, PairedTest]], reference: str) ->
     header = ["test set", "model", "cases", "mean difference in Dice", "t", "p"]
     caption = (
         f"{reference} minus the model, case by case; two-sided paired t-test, not corrected for the number of tests. "
-        "Cases count as independent: the test knows nothing of another training run or other folds."
+        "Cases count as independent: the test knows nothing of another training run or other folds. t is inf where all "
+        "cases differ by the same."
     )
     return html.table(header, rows, caption, names=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -77,8 +78,10 @@ def make_report(folder: Path, wish: Wish, say: Callable[[str], None]) -> Made:
         raise UserError("a report on volumes has no maps: leave out --no-maps")
     say("reading the runs")
     results = volume_results(folder, wish.reference)
-    page = write_volume_report(results, wish.out)[-1]
-    return Made(report_text(results), report_dict(results), page)
+    files = write_volume_report(results, wish.out)
+    text, facts = report_text(results), report_dict(results)
+    facts["shows_patients"] = not is_synthetic(results.study.info) and any("_overlays." in one.name for one in files)
+    return Made(f"{text}\n\n{overlay.PATIENTS}" if facts["shows_patients"] else text, facts, files[-1])
 
 
 def volume_results(folder: Path | str, reference: str | None = None) -> VolumeResults:
@@ -121,6 +124,7 @@ def report_dict(results: VolumeResults) -> dict[str, Any]:
         ],
         "tests": [
             {"scenario": scenario, "repeat": repeat, "site": site, "model": model, **asdict(test)}
+            | {"t": test.t if math.isfinite(test.t) else None}  # JSON has no infinity
             for (scenario, repeat), sets in results.tests.items()
             for site, models in sets.items()
             for model, test in models.items()
@@ -205,10 +209,9 @@ def _section(validation: CrossValidation, results: VolumeResults, folder: Path) 
         seen = _overlays(validation, folder, reference)
         if seen:
             files += seen.files
-            section.parts += [
-                html.heading(f"Test cases as {reference} segments them"),
-                html.figure(seen.svg, seen.caption),
-            ]
+            section.parts.append(html.heading(f"Test cases as {reference} segments them"))
+            section.parts += [] if is_synthetic(results.study.info) else [html.note(overlay.PATIENTS)]
+            section.parts.append(html.figure(seen.svg, seen.caption))
         tests = results.tests[validation.scenario, validation.repeat]
         section.parts += [html.heading("Paired t-tests"), test_table(tests, reference)]
     if validation.submodels:

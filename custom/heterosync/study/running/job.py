@@ -65,13 +65,14 @@ class Job:
         """Those that train, with their folders."""
         return {site: self.data / site for site in self.record["sites"] if site != UNSEEN}
 
-    def train(self) -> Trained:
-        """Let the engine train, and put the record of the run at its place."""
+    def train(self, **training: Any) -> Trained:
+        """Let the engine train, and put the record of the run at its place. training: settings that hold on this
+        machine alone."""
         trained = self.engine.train(
             Task(
                 self.spec.method,
                 self.spec.settings["method"],
-                self.spec.settings["training"],
+                {**self.spec.settings["training"], **training},
                 self.sites,
                 self.data,
                 self.work,

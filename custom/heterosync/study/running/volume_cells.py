@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 
 from heterosync.data.scenario import RECORD
 from heterosync.data.scenario_tables import UNSEEN
-from heterosync.data.site import MANIFEST
 from heterosync.data.site_yaml import CONFIG, VOLUMES
 from heterosync.data.volume_check import VolumeInspection, inspect_volumes
 from heterosync.data.volume_folds import sizes
@@ -21,7 +19,7 @@ from heterosync.files import explained, new_folder, read_json, write_json, write
 from heterosync.study.layout import DATA, NO_LEVEL, RunSpec
 from heterosync.study.running.cell import sizes_in_words
 from heterosync.study.running.plan import MethodEntry, digest_of
-from heterosync.study.running.volume_plan import ENSEMBLE, FOLD, VolumePlan
+from heterosync.study.running.volume_plan import ENSEMBLE, FOLD, FROM, VolumePlan, source_of
 
 #: How often a case is segmented for validation in an epoch: the received model, and the trained one.
 VALIDATIONS = 2
@@ -128,26 +126,43 @@ class VolumeData:
         """All that decides on the volumes of a cell and their folds, as plain values."""
         if self.plan.synthetic:
             return {**self.plan.source, "folds": cell.folds, "seed": cell.seed}
-        return {"folds": cell.folds, "sites": self._manifests}
+        return {"folds": cell.folds, "sites": self._cases}
 
     @cached_property
-    def _manifests(self) -> dict[str, str]:
-        folders = self.plan.folders()
-        return {site: hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest() for site, path in folders.items()}
+    def _cases(self) -> dict[str, Any]:
+        """Site -> what its masks mark as the organ, and case by case its name, place and content: a study may move
+        with its volumes, and goes on with no others."""
+        return {
+            site: {
+                "foreground": list(found.config.foreground) if found.config else [],
+                "cases": [
+                    [row.image, place, facts.content, facts.mask_content, facts.grids]
+                    for row, place, facts in zip(found.rows, found.places, found.facts, strict=True)
+                ],
+            }
+            for site, found in self._found.items()
+        }
 
     def runs(self) -> list[tuple[VolumeCell, MethodEntry, RunSpec]]:
-        """Per cell, every method in fold 1, in fold 2, …, then the ensemble of each."""
+        """Per cell, every method in fold 1, in fold 2, …, those that go on from another's model after it; then the
+        ensemble of each."""
+        ordered = sorted(self.plan.methods, key=lambda entry: source_of(entry) is not None)
         found: list[tuple[VolumeCell, MethodEntry, RunSpec]] = []
         for cell in self.cells:
             request = digest_of(self.request(cell))
             parts: dict[str, list[RunSpec]] = {entry.label: [] for entry in self.plan.methods}
             for fold in range(1, cell.folds + 1):
-                for entry in self.plan.methods:
+                for entry in ordered:
                     training = self.plan.training_of(entry, cell.seed, fold)
                     made = entry.made(training)
                     full = {"settings": made.settings.to_dict(), "training": made.training.to_dict()}
+                    settings: dict[str, Any] = {"training": training}
+                    source = source_of(entry)
+                    if source:
+                        settings[FROM] = parts[source][-1].path
+                        full[FROM] = parts[source][-1].digest
                     digest = digest_of({"data": request, "method": entry.method, **full})
-                    spec = self._spec(cell, entry.with_variant(f"{FOLD}{fold}"), {"training": training}, digest)
+                    spec = self._spec(cell, entry.with_variant(f"{FOLD}{fold}"), settings, digest)
                     parts[entry.label].append(spec)
                     found.append((cell, entry, spec))
             for entry in self.plan.methods:
@@ -162,8 +177,8 @@ class VolumeData:
         return RunSpec(*place, entry.method, entry.variant, entry.label, {"method": entry.settings, **settings}, digest)
 
     def waits_for(self, spec: RunSpec) -> set[str]:
-        """Paths of the runs that must have ended before: an ensemble's submodels."""
-        return set(spec.settings.get(ENSEMBLE, ()))
+        """Paths of the runs that must have ended before: an ensemble's submodels, and the one that is gone on from."""
+        return {*spec.settings.get(ENSEMBLE, ()), *([spec.settings[FROM]] if FROM in spec.settings else [])}
 
     def overview(self) -> tuple[list[str], list[list[str]]]:
         cell = self.cells[0]

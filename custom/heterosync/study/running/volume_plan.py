@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from heterosync.data.scenario_tables import UNSEEN
 from heterosync.data.volume_folds import sizes
-from heterosync.errors import UserError
+from heterosync.errors import UserError, nearest
 from heterosync.federation.wire import is_site_name
 from heterosync.study.running.plan import PRECISION, SYNTHETIC, MethodEntry, of_another_task
 from heterosync.training import SEGMENTATION
@@ -21,6 +21,9 @@ PHANTOMS, SITES = "phantoms", "sites"
 KEEP = ("last", "workspace")
 #: Variants that a plan adds to every method: one submodel per fold, and what they are together.
 FOLD, ENSEMBLE = "fold", "ensemble"
+#: In a plan, `weights: {from: LABEL}` is the best model of the method LABEL in the same fold; in the settings of a run
+#: it is the path of the run that makes it.
+FROM = "from"
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,10 @@ class VolumePlan:
         return {name: Path(self.base) / path for name, path in {**self.source["sites"], **challenge}.items()}
 
     def training_of(self, entry: MethodEntry, seed: int, fold: int) -> dict[str, Any]:
-        """The training settings of a submodel; of all submodels but for its fold."""
-        return {"precision": PRECISION, **self.training, **entry.training, "seed": seed, "fold": fold}
+        """The training settings of a submodel; of all submodels but for its fold. A model that is yet to be trained is
+        no part of them."""
+        values = {"precision": PRECISION, **self.training, **entry.training, "seed": seed, "fold": fold}
+        return {name: value for name, value in values.items() if name != "weights" or not source_of(entry)}
 
     def contradictions(self) -> list[str]:
         """One line for everything in the plan that does not go together."""
@@ -84,7 +89,25 @@ class VolumePlan:
                     entry.made(self.training_of(entry, 0, 1))
                 except UserError as error:
                     problems.append(f"method {entry.label}: {error}")
-        return problems
+        return problems or [line for entry in self.methods for line in self._of_received(entry)]
+
+    def _of_received(self, entry: MethodEntry) -> list[str]:
+        """What is wrong with the model that a method goes on from: one file for all folds has trained on cases that
+        validate in most of them."""
+        name, where, known = source_of(entry), f"method {entry.label}", {one.label: one for one in self.methods}
+        if name is None:
+            if not entry.made({}).goes_on:
+                return []
+            line = "it goes on from a model, and each fold needs the one that was trained without its validation cases"
+            return [f"{where}: {line}: write training: {{weights: {{from: LABEL}}}}, LABEL a method of this plan"]
+        if name not in known:
+            return [f"{where}: weights from '{name}': {nearest(name, known)}"]
+        source = known[name]
+        if source_of(source) or not source.made({}).one_model:
+            return [f"{where}: weights from '{name}': take a method with one model for all sites, of its own beginning"]
+        mine, other = (one.made(self.training_of(one, 0, 1)).training for one in (entry, source))
+        unlike = [key for key in ("network", "psp_blocks") if getattr(mine, key) != getattr(other, key)]
+        return [f"{where}: it has another {key} than {name}, whose model it goes on from" for key in unlike]
 
     def _of_sites(self) -> list[str]:
         if self.synthetic:
@@ -113,6 +136,12 @@ def volume_plan_of(values: Mapping[str, Any]) -> VolumePlan:
     given = {name: value for name, value in values.items() if name != "task"}
     lists = {name: tuple(values[name]) for name in ("seeds", "keep")}
     return VolumePlan(**{**given, **lists, "methods": tuple(MethodEntry(**entry) for entry in values["methods"])})
+
+
+def source_of(entry: MethodEntry) -> str | None:
+    """The label of the method whose model of the same fold an entry goes on from."""
+    weights = entry.training.get("weights")
+    return str(weights[FROM]) if isinstance(weights, Mapping) and set(weights) == {FROM} else None
 
 
 def part_of(label: str) -> tuple[str, str]:

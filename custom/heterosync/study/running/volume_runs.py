@@ -18,7 +18,7 @@ from heterosync.methods import get_method
 from heterosync.study.evidence.cross_site import CaseDice, score_ensemble
 from heterosync.study.layout import GLOBAL, RESULTS, RUNS, UNSEEN, VIEWS, own_model, read_done
 from heterosync.study.running.job import OWN, Cost, Job
-from heterosync.study.running.volume_plan import ENSEMBLE
+from heterosync.study.running.volume_plan import ENSEMBLE, FROM
 from heterosync.study.scores import read_scores, write_scores
 
 
@@ -28,8 +28,9 @@ def carry_out(job: Job) -> Cost:
 
 def _submodel(job: Job) -> Cost:
     """Sites are scored as they scored themselves, with the model that speaks for the run. Best models always stay: the
-    ensemble is made of them."""
-    trained = job.train()
+    ensemble is made of them, and so are runs that go on from them."""
+    source = job.spec.settings.get(FROM)
+    trained = job.train(**({"weights": str(_model(job, source, BEST_MODEL).absolute())} if source else {}))
     personal = get_method(job.spec.method).personal
     scores = []
     for site, table in sorted(trained.predictions.items()):
@@ -70,12 +71,17 @@ def _submodels(job: Job) -> dict[str, list[Path]]:
         names = {GLOBAL: BEST_MODEL}
     found: dict[str, list[Path]] = {model: [] for model in names}
     for path in job.spec.settings[ENSEMBLE]:
-        folder = job.study / RUNS / path
-        if read_done(folder) is None:
-            raise UserError(f"an ensemble needs all folds, and run {path} is not done: carry it out first")
         for model, name in names.items():
-            file = folder / RESULTS / name
-            if not file.is_file():
-                raise UserError(f"{file} was removed: remove {folder} and run the plan again to train it anew")
-            found[model].append(file)
+            found[model].append(_model(job, path, name))
     return found
+
+
+def _model(job: Job, path: str, name: str) -> Path:
+    """A model of another run, at `path`. Raises `UserError` where that is not done or the model was removed."""
+    folder = job.study / RUNS / path
+    if read_done(folder) is None:
+        raise UserError(f"run {job.spec.path} needs the model of run {path}, which is not done: carry it out first")
+    file = folder / RESULTS / name
+    if not file.is_file():
+        raise UserError(f"{file} was removed: remove {folder} and run the plan again to train it anew")
+    return file
