@@ -72,5 +72,5 @@ class HSLShared(Method):
     def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
         return torch.sigmoid(model(images))
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return shared_diagnostics(model, batch)
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        return shared_diagnostics(model, examples.sample())
