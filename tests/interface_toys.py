@@ -49,7 +49,7 @@ class Everything(Method):
     def round_end(self, model, examples):
         model.seen[0] += 1
 
-    def diagnostics(self, model, batch):
+    def diagnostics(self, model, examples):
         return {"n_epochs": float(model.seen[0])}
 
     # -- at the server -------------------------------------------------------------------------------------------------

@@ -36,6 +36,10 @@ class ContributionRefused(HeteroSyncError):
         self.reason = reason
 
 
+class Aborted(HeteroSyncError):
+    """The job was ended from outside while this process worked for it."""
+
+
 class TrainerDied(HeteroSyncError):
     """The trainer process of a site ended while it held a task; the site loses the round, not the job."""
 

@@ -14,7 +14,7 @@ from heterosync.federation.initial import initial_state
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.results import read_history
 from heterosync.federation.runner import run_inprocess
-from heterosync.federation.server import memory_of
+from heterosync.federation.server import Server, memory_of
 from heterosync.methods import make_method
 from heterosync.methods.adafedprox import observations, validation_accuracy
 from heterosync.methods.agent import Agent
@@ -229,5 +229,33 @@ def test_settings_that_a_frozen_agent_has_no_use_for_are_refused():
         make_method("adafedprox", {"mu": 0.1})
     with pytest.raises(UserError, match="adafedprox setting 'gamma' counts only with agent=learning"):
         make_method("adafedprox", {"agent": "frozen", "gamma": 0.5})
+    with pytest.raises(
+        UserError, match=r"'buffer' is 8: it must hold one agent_batch \(16\), or the agent never learns"
+    ):
+        make_method("adafedprox", {"buffer": 8})
+    assert make_method("adafedprox", {"buffer": 8, "agent_batch": 8}).settings.buffer == 8
     with pytest.raises(UserError, match="adafedprox setting 'gamma' is 1.5: the largest possible value is 1"):
         make_method("adafedprox", {"gamma": 1.5})
+
+
+def test_the_agent_goes_on_with_its_sites_alone():
+    """It sees them all at once; without an agent nothing ties a training to its sites."""
+    method = make_method("adafedprox", EAGER, settings())
+    state, memory = initial_state(method), method.server_memory(("site-a", "site-b"))
+    for sites in (("site-a", "site-c"), ("site-a",), ("site-a", "site-b", "site-c")):
+        with pytest.raises(
+            UserError, match=f"does not fit the sites {', '.join(sites)}: begin a new training, or go on"
+        ):
+            Server(method, state, memory, sites=sites)
+    frozen = make_method("adafedprox", {"agent": "frozen"}, settings())
+    assert Server(frozen, initial_state(frozen), {}, sites=("site-a", "site-c")).memory == {}
+
+
+def test_a_site_that_only_receives_gets_the_same_network():
+    method = make_method("adafedprox", {**EAGER, "mu_scope": "per_client"}, settings())
+    state, memory = initial_state(method), method.server_memory(("site-a", "site-b"))
+    assert method.per_site and method.one_model
+    memory["mu"] = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    sent = {site: method.for_site(state, memory, site) for site in ("site-b", "outside")}
+    assert float(sent["site-b"]["mu"]) == 0.5 and float(sent["outside"]["mu"]) == float(state["mu"])
+    assert all(torch.equal(sent["outside"][name], state[name]) for name in state)

@@ -16,6 +16,7 @@ from heterosync.data.dataset import load_site
 from heterosync.errors import ProblemList, UserError
 from heterosync.federation.checkin import compare
 from heterosync.federation.contribution import Contribution
+from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
 from heterosync.federation.server import Server
 from heterosync.federation.site import SiteTrainer
@@ -29,7 +30,7 @@ from heterosync.models.encoder import cached_file
 from heterosync.study.export import export_model
 from heterosync.study.predict import predict
 from heterosync.training.checks import split_rows
-from method_toys import last, own
+from method_toys import last, own, same
 from toys import SMOKE, toy_site
 
 STAND_IN = {"clip_model": "stand-in"}
@@ -108,10 +109,13 @@ def test_one_site_is_local_learning_of_the_head(two, tmp_path, smoke_run):
     alone = {"site-a": two["site-a"]}
     with pytest.raises(ProblemList, match="at least 2 are needed"):
         smoke_run("clip", STAND_IN, sites=alone, rounds=1)
-    site = SiteTrainer("site-a", alone["site-a"], "clip", STAND_IN, {**SMOKE, "rounds": 1}, tmp_path)
+    run = run_inprocess("clip", alone, tmp_path / "run", STAND_IN, {**SMOKE, "rounds": 3}, min_sites=1)
+    site = SiteTrainer("site-a", alone["site-a"], "clip", STAND_IN, {**SMOKE, "rounds": 3}, tmp_path / "site")
     state = make_method("clip", STAND_IN, settings()).build_model().state_dict()
-    first = site.train(0, state).tensors
-    assert all(not torch.equal(first[name], state[name]) for name in state)
+    before = dict(state)
+    for round_ in range(3):  # from its own weights, which nobody touched
+        state = site.train(round_, state if round_ == 0 else None).tensors
+    assert same(last(run), state, "head.") and not same(state, before, "head.")
 
 
 def test_two_runs_are_equal_and_sites_begin_where_the_server_says(smoke_run, two, tmp_path):
@@ -130,7 +134,7 @@ def test_the_file_stays_as_it_is_and_its_hash_is_in_the_check_in(two, tower, tmp
     assert sha256(tower) == before
     record = json.loads((run.folder / "run.json").read_text())
     found = {site: report["initial_weights"] for site, report in record["check_in"].items()}
-    assert found == dict.fromkeys(two, f"file sha256:{before[:12]}") and record["initial_weights"] == "none"
+    assert found == dict.fromkeys(two, f"file sha256:{before}") and record["initial_weights"] == "none"
     assert record["training"]["image_size"] == 24 and record["training"]["fit"] == "crop"
     predicted = predict(run.folder / "last_model.pt", two["site-a"])
     rows = [line.split(",") for line in (run.folder / "sites/site-a/results/predictions.csv").read_text().splitlines()]
@@ -139,9 +143,27 @@ def test_the_file_stays_as_it_is_and_its_hash_is_in_the_check_in(two, tower, tmp
     assert scored and all(abs(given[name] - value) < 1e-5 for name, value in scored.items())
 
 
+def test_models_and_trainings_keep_to_their_tower(two, tower, tmp_path):
+    """Without any `sha256` in the job."""
+    run = run_inprocess("clip", two, tmp_path / "run", None, {**SMOKE, "rounds": 1})
+    mark = f"file sha256:{sha256(tower)}"
+    assert json.loads((run.folder / "run.json").read_text())["provisioned"] == mark
+    for file in ("last_model.pt", "best_model.pt"):
+        assert load_model(run.folder / file).versions["provisioned"] == mark
+    put(tower, seed=1)
+    other = f"file sha256:{sha256(tower)}"
+    with pytest.raises(UserError, match=f"goes with the frozen network {mark}, here is {other}: get that file"):
+        predict(run.folder / "last_model.pt", two["site-a"])
+    with pytest.raises(UserError, match=f"began with the frozen network {mark}: put that file back at every site"):
+        run_inprocess("clip", two, tmp_path / "run", None, {**SMOKE, "rounds": 2})
+    put(tower)
+    again = run_inprocess("clip", two, tmp_path / "run", None, {**SMOKE, "rounds": 2})
+    assert again.rounds == 2 and load_model(run.folder / "last_model.pt").versions["provisioned"] == mark
+
+
 def test_sites_with_other_files_are_refused(two, tower, tmp_path, monkeypatch):
     provisioned = Clip.provisioned
-    answers = iter([provisioned(make_method("clip")), "file sha256:" + "0" * 12])
+    answers = iter([provisioned(make_method("clip")), "file sha256:" + "0" * 64])
     sites = {name: SiteTrainer(name, two[name], "clip", None, SMOKE, tmp_path / name) for name in two}
     reports = {}
     for name, site in sites.items():
@@ -150,7 +172,7 @@ def test_sites_with_other_files_are_refused(two, tower, tmp_path, monkeypatch):
         monkeypatch.setattr(Clip, "provisioned", lambda self, answer=answer: answer)
         reports[name] = site.check_in()
     (problem,) = compare(reports)
-    assert "start differs between sites" in problem and "sha256:000000000000" in problem
+    assert "start differs between sites" in problem and "has file sha256:000000000000…" in problem
 
 
 def test_without_the_file_there_is_one_line_with_the_remedy(two, tower, tmp_path):
@@ -165,6 +187,9 @@ def test_without_the_file_there_is_one_line_with_the_remedy(two, tower, tmp_path
 def test_a_job_may_pin_the_file(tower):
     pinned = make_method("clip", {"sha256": sha256(tower)}, SMOKE)
     assert pinned.encode(torch.rand(2, 3, 24, 24)).shape == (2, 16)
+    almost = pinned.settings.sha256[:-1] + ("0" if pinned.settings.sha256[-1] != "0" else "1")
+    with pytest.raises(UserError, match=f"the job's models go with sha256:{almost}: get that file"):
+        make_method("clip", {"sha256": almost}, SMOKE).provisioned()  # the whole digest counts
     put(tower, seed=1)
     with pytest.raises(UserError, match="the job's models go with sha256:"):
         make_method("clip", {"sha256": pinned.settings.sha256}, SMOKE).encode(torch.rand(2, 3, 24, 24))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -146,6 +147,47 @@ def test_where_all_take_part_it_is_fedavg(smoke_run):
         assert same(state, fedavg) and set(state) - set(fedavg) == {"rate"}
     assert not same(last(smoke_run("feddps", ONE)), fedavg)
     assert not same(last(smoke_run("feddps", FEW)), fedavg)
+
+
+def test_only_sites_that_answer_are_drawn():
+    """Of four sites one leaves; m of the others train in every round, and it rests when it comes back."""
+    method = make_method("feddps", {"m_select": 2}, settings())
+    sites = ("a", "b", "c", "d")
+    memory, state = method.server_memory(sites), {"rate": torch.tensor(1.0).double(), "w": torch.ones(1)}
+    profiles = {site: torch.eye(4)[i].repeat(16) + 0.1 for i, site in enumerate(sites)}
+    told = {site: answer(profile=profiles[site], joined=5, w=[1.0]) for site in sites}
+    drawn = []
+    for round_ in range(12):
+        here = sites if round_ == 0 else sites[:3]
+        method.fuse(state, {site: told[site] for site in here}, memory)
+        rates = {site: float(method.for_site(state, memory, site)["rate"]) for site in sites}
+        drawn.append({site for site in sites if rates[site]})
+        assert len(drawn[-1]) == 2 and set(rates.values()) == {0.0, 1.0}
+    assert all("d" not in chosen for chosen in drawn[1:]) and set.union(*drawn[1:]) == {"a", "b", "c"}
+    method.fuse(state, told, memory)
+    assert sum(float(memory[f"rate.{site}"]) for site in sites) == 2
+
+
+def test_a_chain_gains_and_loses_sites(three, tmp_path):
+    """And a site without training data receives the model, which is one for all."""
+    two = {name: three[name] for name in ("site-a", "site-b")}
+    run_inprocess("feddps", two, tmp_path / "one", ONE, {**SMOKE, "rounds": 2})
+    more = {"site-b": three["site-b"], "site-c": three["site-c"]}
+    outside = shutil.copytree(three["site-a"], tmp_path / "outside", ignore=shutil.ignore_patterns("splits.csv", ".h*"))
+    header, *rows = (outside / "manifest.csv").read_text().splitlines()
+    (outside / "manifest.csv").write_text("\n".join([f"{header},split", *(f"{row},test" for row in rows)]) + "\n")
+    sites, training = {**more, "outside": outside}, {**SMOKE, "rounds": 4}
+    done = run_inprocess("feddps", sites, tmp_path / "next", ONE, training, resume=tmp_path / "one")
+    record = json.loads((done.folder / "run.json").read_text())
+    assert record["receivers"] == ["outside"] and done.rounds == 4
+    assert [part["contributors"] for part in record["rounds"]] == [["site-a", "site-b"]] * 2 + [
+        ["site-b", "site-c"]
+    ] * 2
+    steps = by_round(done, "steps")
+    assert steps["site-c"][0] > 0 and (steps["site-b"][-1] > 0) != (steps["site-c"][-1] > 0)
+    assert set(done.metrics["last"]) == {"site-b", "site-c", "outside"}
+    received = load_model(done.folder / "sites/outside/results/last_model.pt")
+    assert same(received.state, last(done)) and received.build()[1] is not None
 
 
 # -- reading B: which images -------------------------------------------------------------------------------------------

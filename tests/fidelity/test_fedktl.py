@@ -33,7 +33,7 @@ from heterosync.training import Batch
 from method_toys import last, own, same
 from toys import SMALL, SMOKE, toy_site
 
-ALONE = {**SMALL["fedktl"], "mu": 0.0}
+ALONE = {"server_epochs": SMALL["fedktl"]["server_epochs"], "mu": 0.0}
 
 
 def made(**changes):
@@ -347,3 +347,5 @@ def test_what_is_wrong_with_a_generator_is_told_before_any_training(two, tmp_pat
     refused({"generator": "folder/toy.pt2"}, r"or the name \(no folder\) of a torch.export file")
     refused({"generator": "falback"}, "fedktl setting 'generator' is 'falback': fallback, or the name")
     refused({"fit_steps": 3}, "fedktl setting 'fit_steps' counts only with generator=fallback")
+    with pytest.raises(UserError, match="fedktl setting 'fit_steps' counts only with mu above 0"):
+        make_method("fedktl", {"mu": 0.0, "fit_steps": 3}, SMOKE)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, kl_divergence
 
 from core_toys import settings, toy_data, trainer
-from heterosync.errors import UserError
+from heterosync import pulse
+from heterosync.data.dataset import load_site
+from heterosync.errors import Aborted, UserError
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.initial import initial_state
 from heterosync.federation.runner import run_inprocess
@@ -24,6 +26,7 @@ from heterosync.methods.fedppkt import FedPPKT, part
 from heterosync.models.inversion import DeepGenerator, MetaGenerator, StatisticsGap, bernoulli_kl
 from heterosync.training import Batch
 from heterosync.training.classification import PictureExamples
+from heterosync.training.feed import Feed
 from method_toys import last, own, same
 from toys import SMOKE, toy_site
 
@@ -172,15 +175,25 @@ def test_two_runs_are_equal_also_after_a_kill(sent, two, tmp_path):
 
 
 def test_private_training_images_are_read_in_stage_0_alone(sent, two, tmp_path, monkeypatch):
-    """Also when their files are gone afterwards."""
+    """Afterwards their files are gone, and not one picture of the training split is taken from memory either."""
     read: list[tuple[str, int]] = []
-    chosen = PictureExamples.chosen
+    rows: set[tuple[int, int]] = set()  # (images of the site, row)
+    chosen, batch = PictureExamples.chosen, Feed.batch
 
     def watched(self, round_, epoch, rows):
         read.append((self._site, epoch))
         return chosen(self, round_, epoch, rows)
 
     sites = {name: shutil.copytree(folder, tmp_path / name) for name, folder in two.items()}
+    loaded = [load_site(folder, 32, need_anchor=False) for folder in sites.values()]
+    private, other = (
+        {(len(site.primary), row) for site in loaded for split in splits for row in site.splits[split]}
+        for splits in (["train"], ["validation", "test"])
+    )
+
+    def noted(self, part):
+        rows.update((len(self), row) for row in part)
+        return batch(self, part)
 
     def remove(event: dict) -> None:
         if event["event"] == "round" and event["round"] == 0:
@@ -188,11 +201,13 @@ def test_private_training_images_are_read_in_stage_0_alone(sent, two, tmp_path, 
             for folder in sites.values():
                 (folder / "images.npz").unlink()
                 shutil.rmtree(folder / ".heterosync")
+            monkeypatch.setattr(Feed, "batch", noted)
 
     monkeypatch.setattr(PictureExamples, "chosen", watched)
     monkeypatch.setattr(PictureExamples, "training", None)
     run = run_inprocess("fedppkt", sites, tmp_path / "run", SMALL, {**SMOKE, "rounds": 3}, progress=remove)
     assert len(read) == 6 and run.state_hash == sent[0].state_hash
+    assert len(private) == 54 and rows == other
 
 
 def test_a_teacher_is_a_classifier_of_its_sites_images():
@@ -289,7 +304,7 @@ def fused(round_: int, **changes) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     method = make_method("fedppkt", {**SMALL, **changes}, settings())
     state = initial_state(method)
     sent = {name: value for name, value in state.items() if name != "rounds"}
-    other = {name: value + 0.5 if value.is_floating_point() else value + 2 for name, value in sent.items()}
+    other = {name: value + 0.02 if value.is_floating_point() else value + 2 for name, value in sent.items()}
     other = {name: value.abs() if "running_var" in name else value for name, value in other.items()}
     result = method.fuse({**state, "rounds": torch.tensor(round_)}, answers({"a": sent, "b": other}), {})
     mean = {name: ((sent[name].double() + other[name].double()) / 2).to(sent[name].dtype) for name in sent}
@@ -297,7 +312,7 @@ def fused(round_: int, **changes) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def test_without_refinement_the_server_averages_with_equal_weights():
-    result, mean = fused(4, server_gen_epochs=0)
+    result, mean = fused(4, server_gen_epochs=0, server_gen_steps=10)
     assert int(result["rounds"]) == 5 and same(result, mean, "")
     result, mean = fused(0)  # nor in the first round
     assert same(result, mean, "")
@@ -306,6 +321,7 @@ def test_without_refinement_the_server_averages_with_equal_weights():
 def test_the_server_refines_the_generator_and_nothing_else():
     result, mean = fused(1)
     assert same(result, mean, "student.") and not same(result, mean, "gen.")
+    assert all(value.isfinite().all() for value in result.values())  # a NaN differs from everything
     assert same(fused(1)[0], result, "") and not same(fused(2)[0], result, "gen.")  # drawn by the round
     assert not same(fused(1, w_oh_server=0.0)[0], result, "gen.")
 
@@ -339,6 +355,7 @@ def test_names_below_a_prefix():
         ({"kd_T": 0}, "'kd_T' is 0.0: the smallest possible value is 1e-06"),
         ({"g_steps": 0}, "smallest possible value is 1"),
         ({"teacher_momentum": 1.0}, "largest possible value is 0.999"),
+        ({"server_gen_epochs": 0, "w_oh_server": 2.0}, "'w_oh_server' counts only with server_gen_epochs above 0"),
         ({"weighting": "sample"}, "did you mean 'samples'"),
     ],
 )
@@ -356,3 +373,44 @@ def test_a_teacher_that_diverges_is_told(tmp_path):
             {**SMALL, "teacher_lr": 1e30},
             SMOKE,
         )
+
+
+def test_a_generator_that_diverges_is_told_with_site_and_round():
+    done, state = ready()
+    before = {name: value.clone() for name, value in done.model.state_dict().items()}
+    with torch.no_grad():
+        done.model.teacher.net.fc.bias.fill_(math.nan)
+    cause = r"^site site-a, round 1: the generator's loss is not finite: lower fedppkt setting 'lr_g' \(0.005\)$"
+    with pytest.raises(UserError, match=cause):
+        done.train_round(1, {**state, "rounds": torch.tensor(1)})
+    assert same(done.model.state_dict(), before, "")  # as after the last finished round
+
+
+def test_the_servers_generator_too_and_its_long_work_ends_with_the_job(monkeypatch):
+    method = make_method("fedppkt", {**SMALL, "server_gen_epochs": 20}, settings())
+    told: list[str] = []
+    method.tell = told.append
+    state = initial_state(method)
+    tensors = {name: value for name, value in state.items() if name != "rounds"}
+    late = {**state, "rounds": torch.tensor(3)}
+    with pytest.raises(Aborted), pulse.until(lambda: len(told) == 2):
+        method.fuse(late, answers({"a": tensors}), {})
+    assert told == [f"round 3, the server's refinement: epoch {n}/20" for n in (2, 4)]
+    broken = {**tensors, "student.net.fc.bias": torch.full((1,), math.nan)}
+    server = Server(method, late, sites=["a"])
+    monkeypatch.setattr(server.fusion, "answers", lambda: answers({"a": broken}))  # which it would have refused
+    server.start(3, late)
+    with pytest.raises(UserError, match="^server, round 3: the generator's loss is not finite: lower fedppkt setting"):
+        server.result()
+
+
+def test_a_site_tells_its_stage_0_and_stops_it_when_the_job_ends():
+    done = trainer("fedppkt", {**SMALL, "teacher_epochs": 40}, toy_data((15, 15), anchor=None, signal=155), rounds=9)
+    told: list[str] = []
+    done.method.tell = told.append
+    state = initial_state(done.method)
+    with pytest.raises(Aborted), pulse.until(lambda: "the teacher: epoch 8/40" in told):
+        done.train_round(0, state)
+    assert told == ["the teacher: epoch 4/40", "the teacher: epoch 8/40"] and not done.model.taught
+    done.train_round(0, state)
+    assert told[-1] == "pictures: epoch 1/1" and told[-2] == "the teacher: epoch 40/40" and done.model.taught

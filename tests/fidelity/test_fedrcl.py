@@ -195,3 +195,17 @@ def test_max_norm_bounds_a_gradient():
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=f"fedrcl setting '{name}' is "):
         make_method("fedrcl", {name: value})
+
+
+@pytest.mark.parametrize(
+    ("off", "name", "value", "condition"),
+    [
+        ({"contrast": 0}, "topk_neg", 3, "contrast above 0"),
+        ({"beta": 0}, "lambda_", 0.5, "beta above 0"),
+        ({"contrast": 0, "beta": 0}, "tau", 0.1, "contrast or beta above 0"),
+    ],
+)
+def test_settings_of_a_term_that_is_left_out_are_refused(off, name, value, condition):
+    with pytest.raises(UserError, match=f"fedrcl setting '{name}' counts only with {condition}"):
+        make_method("fedrcl", {**off, name: value})
+    assert getattr(make_method("fedrcl", {name: value}).settings, name) == value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core_toys import settings, toy_data
+from heterosync.cli import main
 from heterosync.errors import UserError
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.fusion import Fusion
@@ -203,10 +204,22 @@ def test_the_hyper_network_changes_the_outcome(smoke_run):
     assert not torch.equal(moved, load_model(frozen.folder / "last_model.pt").assets["server." + EMBEDDING + "site-a"])
 
 
-def test_a_training_goes_on_with_the_sites_that_it_began_with():
+def test_sites_join_and_leave_between_the_jobs_of_a_training():
     method = made()
-    with pytest.raises(UserError, match="does not fit the sites: begin a new training"):
-        Server(method, initial_state(method), method.server_memory(("site-a", "site-c")), sites=SITES)
+    before = {name: value + 1 for name, value in method.server_memory(("site-a", "site-c")).items()}
+    state = initial_state(method)
+    server = Server(method, state, before, sites=SITES)
+    new = {part + EMBEDDING + "site-b" for part in ("", MOMENTUM)}
+    assert server.memory.keys() == before.keys() | new  # site-c may come back
+    assert all(torch.equal(server.memory[name], value) for name, value in before.items())
+    assert not torch.equal(server.memory[EMBEDDING + "site-b"], server.memory[EMBEDDING + "site-a"])
+    assert not server.memory[MOMENTUM + EMBEDDING + "site-b"].any()
+    sent = {site: server.for_site(site, state) for site in SITES}
+    assert not same(sent["site-a"], sent["site-b"], QKV[0])
+    lacking = {name: value for name, value in before.items() if name != HYPER + "body.0.weight"}
+    for damaged in (lacking, {**before, "other": torch.zeros(1)}, {**before, EMBEDDING + "site-a": torch.zeros(3)}):
+        with pytest.raises(UserError, match="does not fit the sites site-a, site-b: begin a new training"):
+            Server(method, state, damaged, sites=SITES)
 
 
 # -- whose model -------------------------------------------------------------------------------------------------------
@@ -236,3 +249,11 @@ def test_its_first_weights_are_random_whatever_lies_on_the_machine(smoke_run):
 def test_two_runs_give_the_same_tensors(smoke_run, two: dict[str, Path]):
     again = smoke_run("fedtp", SMALL["fedtp"], two, match_steps=1)  # another key, the same run
     assert same(last(again), last(smoke_run("fedtp", SMALL["fedtp"])), "")
+
+
+def test_settings_that_say_nothing_are_refused_or_told(capsys):
+    with pytest.raises(UserError, match="fedtp setting 'hyper_momentum' counts only with hyper_lr above 0"):
+        made(hyper_lr=0.0, hyper_momentum=0.5)
+    assert main(["job", "describe", "fedtp"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  backbone = "))
+    assert line.endswith("counts only with other methods)")

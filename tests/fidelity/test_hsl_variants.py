@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_the_anchor_reaches_the_primary_encoder() -> None:
         method = make_method(name, own, settings())
         model = method.build_model()
         before = copy.deepcopy(model.state_dict())
-        found = method.diagnostics(model, batch())
+        found = method.diagnostics(model, SimpleNamespace(sample=batch))
         assert set(found) <= METRICS and all(math.isfinite(value) for value in found.values())
         assert same(before, model.state_dict()) and model.training
         assert all(parameter.grad is None for parameter in model.parameters())

@@ -9,10 +9,14 @@ import pytest
 import torch
 from nvflare.apis.event_type import EventType
 from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from flare_toys import answer, started_aggregator, toy_state
+from heterosync import pulse
+from heterosync.errors import UserError
+from heterosync.federation.server import Server
 from heterosync.flare import messages
 
 
@@ -156,3 +160,28 @@ def test_scalars_that_no_site_may_send_are_refused(tmp_path: Path, metrics: dict
     aggregator, context = started_aggregator(tmp_path)
     assert not aggregator.accept(answer("site-a", toy_state(), metrics=metrics), context)
     assert aggregator.refused["site-a"].startswith("it holds what no site may send: metric ")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"), [(UserError("server, round 3: it diverges"), "server, round 3: it diverges"), (None, "")]
+)
+def test_long_work_of_the_server_ends_with_its_job_or_in_one_line(tmp_path: Path, monkeypatch, error, cause) -> None:
+    """An abort while the method works is no failure; what it refuses is the job's cause, without a traceback."""
+    aggregator, context = started_aggregator(tmp_path)
+    assert aggregator.accept(answer("site-a", toy_state()), context)
+    signal, panics, beats = Signal(), [], []
+
+    def work(_: object) -> dict:
+        if error is not None:
+            raise error
+        pulse.beat()
+        signal.trigger(True)
+        beats.append("one")
+        pulse.beat()
+        raise AssertionError("the second beat ends it")
+
+    monkeypatch.setattr(Server, "result", work)
+    monkeypatch.setattr(context, "get_run_abort_signal", lambda: signal)
+    monkeypatch.setattr(aggregator, "system_panic", lambda reason, _: panics.append(reason))
+    assert messages.open_message(aggregator.aggregate(context))[0] == {}
+    assert panics == ([cause] if cause else []) and beats == ([] if cause else ["one"])

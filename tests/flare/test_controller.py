@@ -424,3 +424,35 @@ def test_central_learning_is_refused_as_a_federation(tmp_path: Path) -> None:
     assert run.reasons == ["method 'central' is no federation: run it with one site that holds all images"]
     one = FakeFederation(tmp_path / "one", ["alliance"], of_method("central"), method="central").play()
     assert one.reasons == [] and set(one.read("cross_site_metrics.json")) == {"best", "last"}
+
+
+def test_a_site_without_training_data_receives_and_the_server_remembers_nothing_of_it(tmp_path: Path) -> None:
+    """Of a method that sends sites different scalars, but makes one model."""
+    asked: list[tuple[str, str, object]] = []
+
+    def site(name: str, task: str, round_: int, message: Shareable) -> Shareable:
+        asked.append((name, task, message.get_header(messages.SPLIT)))
+        train = {"counts": {"train": 0 if name == "outside" else 10}}
+        reply = plain_site(name, task, round_, message, method="feddps", **(train if task == messages.CHECK_IN else {}))
+        if task == messages.TRAIN:
+            tensors, fields = messages.open_message(reply)
+            del tensors["rate"]
+            told = {"joined": torch.tensor(8), "profile": torch.full((64,), 1.0 + ord(name[-1]))}
+            reply = messages.tensors_message({**tensors, **told}, fields)
+        elif task == messages.VALIDATE:
+            rate = float(messages.open_message(message)[0]["rate"])
+            assert rate == 1.0 if name == "outside" else rate in (0.0, 1.0)
+        return reply
+
+    run = FakeFederation(tmp_path, [*SITES, "outside"], site, method="feddps", method_settings={"m_select": 1}).play()
+    assert run.reasons == []
+    record = run.read("run.json")
+    assert record["status"] == "completed" and record["receivers"] == ["outside"]
+    assert set(run.aggregator.reports) == set(SITES) and {name for name, *_ in asked} == {*SITES, "outside"}
+    assert {entry for entry in asked if entry[0] == "outside"} == {
+        ("outside", messages.CHECK_IN, None),
+        ("outside", messages.VALIDATE, "test"),
+    }
+    memory = memory_of(load_model(tmp_path / "last_model.pt").assets)
+    assert {name for name in memory if name.startswith("told.")} == {f"told.{name}" for name in SITES}
+    assert all("outside" in sites for sites in run.read("cross_site_metrics.json").values())

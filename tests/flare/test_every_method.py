@@ -77,6 +77,7 @@ def test_a_job_gives_the_tensors_of_the_inprocess_run(name: str, tmp_path: Path)
         assert (job.folder / file).exists() == (done.folder / file).exists()
         if (done.folder / file).exists():
             ours, theirs = load_model(job.folder / file), load_model(done.folder / file)
+            assert ours.versions == theirs.versions
             for one, other in ((ours.state, theirs.state), (ours.assets, theirs.assets)):
                 assert list(one) == list(other) and all(torch.equal(one[key], value) for key, value in other.items())
 

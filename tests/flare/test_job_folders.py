@@ -130,6 +130,7 @@ NO_SWARM |= dict.fromkeys(
     "needs a server that does more",
 )
 NO_NOISE = {"swarm": "goes from site to site"}
+NO_NOISE |= {"feddys": "goes by label_balance, a statistic of the site's labels, to which no noise is added"}
 NO_NOISE |= dict.fromkeys(
     ("scaffold", "personalized", "splitavg", "fedppkt", "fedktl", "adafedprox", "feddps"),
     "sends more than an update of what a site received",
@@ -143,8 +144,12 @@ def test_the_method_swarm_is_fused_by_the_sites_without_being_asked(tmp_path: Pa
     assert job_name("swarm", JobOptions()) == job_name("swarm", JobOptions(topology="swarm")) == "swarm"
     text = (job / "README.md").read_text()
     assert "heterosync job export swarm`" in text and "go from site to site and not to the server" in text
+    assert "the scalars of a round below: to the site that leads it, with the weights, and to the server" in text
+    assert "gets the\nweights of all others with their scalars of the round" in text
     for option, why in (
         ({"topology": "star"}, "job option topology: method swarm is fused by the sites: leave it out, or take fedavg"),
+        ({"wait_after_min": 5}, "wait_after_min: the server of a swarm gets no models to wait for: leave it out"),
+        ({"uploads_to_disk": False}, "uploads_to_disk: the server of a swarm gets no models"),
         ({"min_clients": 2}, "a swarm needs every site in every round"),
         ({"training": {**training, "early_stop": True}}, "a swarm runs all its rounds"),
     ):

@@ -76,7 +76,7 @@ def test_the_server_has_the_record_and_no_weights(run: SimulationResult, oracle:
 
 @pytest.mark.slow
 def test_what_went_from_site_to_site_is_on_record_and_on_the_list(run: SimulationResult) -> None:
-    sent = 0
+    sent: list[tuple[int, str]] = []
     for site, folder in run.sites.items():
         records = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
         assert all(record["left"] for record in records)
@@ -84,9 +84,12 @@ def test_what_went_from_site_to_site_is_on_record_and_on_the_list(run: Simulatio
         for record in records:
             tensors = [item for item in record["items"] if item["shape"]]
             assert bool(tensors) == (record.get("to") == "sites"), record["task"]
-        sent += sum(r["task"] == "swarm_report_learn_result" and r.get("to") == "sites" for r in records)
+        reports = [r for r in records if r["task"] == "swarm_report_learn_result" and r.get("to") == "sites"]
+        sent += [(record["round"], site) for record in reports]
         assert not list(folder.glob("global-*.pt")), f"{site} keeps candidates"
-    assert sent == 3 * 2  # per round all but the site that fuses
+    for round_ in range(3):  # all but the one that fuses
+        assert len({site for number, site in sent if number == round_}) == 2
+    assert len(sent) == 3 * 2
 
 
 @pytest.mark.slow

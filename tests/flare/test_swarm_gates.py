@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from nvflare.apis.client import Client
 from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
+from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
@@ -20,12 +22,15 @@ from nvflare.app_common.ccwf.swarm_client_ctl import SwarmClientController
 
 from flare_toys import answer, fake_context, toy_state
 from heterosync.errors import HeteroSyncError, UserError
+from heterosync.federation.checkin import compare
+from heterosync.federation.wire import WirePolicy
 from heterosync.flare import messages
 from heterosync.flare.job import build_job
 from heterosync.flare.job_folder import is_swarm
 from heterosync.flare.job_options import JobOptions
 from heterosync.flare.simulator import simulate
-from heterosync.flare.swarm_site import PeerGate, ServerGate, SwarmAggregator
+from heterosync.flare.swarm import SwarmController
+from heterosync.flare.swarm_site import PeerGate, ServerGate, SwarmAggregator, SwarmExecutor
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 from toys import SMOKE, toy_alliance
@@ -170,9 +175,56 @@ def test_the_fusion_goes_round_among_the_sites(tmp_path: Path) -> None:
     assert len(seen) == 6 and set(seen) == {"site-a", "site-b", "site-c"}
 
 
+@pytest.mark.parametrize("secure", [True, False])
+def test_what_goes_from_site_to_site_is_encrypted_in_secure_mode(tmp_path: Path, secure: bool) -> None:
+    """Whatever FLARE's own default: the sites take it from the configuration that the server hands out."""
+    server = SwarmController("hsl", training=SMOKE)
+    client = SwarmClientController(**{"learn_task_name": "train", "min_responses_required": 2})
+    client.config = {Constant.PRIVATE_P2P: server.private_p2p}
+    assert server.private_p2p is True
+    assert client.is_task_secure(fake_context(tmp_path, **{FLContextKey.SECURE_MODE: secure})) is secure
+    client.config = {Constant.PRIVATE_P2P: False}
+    assert not client.is_task_secure(fake_context(tmp_path, **{FLContextKey.SECURE_MODE: secure}))
+
+
 def test_a_swarm_is_not_simulated_with_fewer_threads_than_sites(tmp_path: Path) -> None:
     toy_alliance(tmp_path / "data", 2)
     job = build_job("hsl", tmp_path / "job", JobOptions(topology="swarm"))
     assert is_swarm(job) and not is_swarm(tmp_path) and not is_swarm(build_job("hsl", tmp_path / "star"))
     with pytest.raises(UserError, match="this job needs one for each of its 2 sites"):
         simulate(job, tmp_path / "ws", ["site-a", "site-b"], tmp_path / "data", threads=1)
+
+
+def test_the_first_weights_of_a_swarm_are_those_of_its_sites(tmp_path: Path, monkeypatch) -> None:
+    """The server has no file of weights and needs none; sites whose files differ are named."""
+    training = {**SMOKE, "backbone": "resnet18", "weights": "start.pth"}
+    folders = toy_alliance(tmp_path / "data", 3)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    (tmp_path / "cache/checkpoints").mkdir(parents=True)
+    reports = {}
+    for number, (site, folder) in enumerate(folders.items()):
+        monkeypatch.setenv("HETEROSYNC_DATA", str(folder.parent))
+        file = tmp_path / "cache/checkpoints/start.pth"
+        torch.save({"n": torch.tensor(number // 2)}, file)
+        executor = SwarmExecutor("fedavg", training=training, in_process=True)
+        asked = fake_context(tmp_path / site / "run", site)
+        reply = executor.execute(messages.CHECK_IN, messages.scalars_message({}), asked, Signal())
+        reports[site] = messages.open_message(reply)[1]
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert reports[site]["initial_weights"] == f"file sha256:{digest}"
+        WirePolicy("fedavg", {}).check_report(reports[site])
+    (problem,) = compare(reports)
+    assert problem.startswith("site site-c: its start is file sha256:") and "put the same weights file" in problem
+    file.unlink()
+    gone = SwarmExecutor("fedavg", training=training, in_process=True)
+    reply = gone.execute(
+        messages.CHECK_IN, messages.scalars_message({}), fake_context(tmp_path / "d" / "run", "site-a"), Signal()
+    )
+    assert messages.failure_of(reply) == messages.REASONS["mend"]
+
+    server = SwarmController("fedavg", training=training)
+    server._prepare(fake_context(tmp_path / "server" / "run", "server"))
+    server._checked_in({"site-b": reports["site-b"], "site-a": reports["site-a"]})
+    server._recorder.finish("completed")
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "server/run").rglob("run.json"))
+    assert record["topology"] == "swarm" and record["initial_weights"] == reports["site-a"]["initial_weights"]

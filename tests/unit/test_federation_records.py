@@ -70,7 +70,7 @@ def test_a_model_file_opens_where_its_first_weights_are_not(tmp_path: Path, smok
     method = make_method("local", {}, TrainingSettings.from_dict(full))
     state = method.build_model().state_dict()
     digest = hashlib.sha256((tmp_path / "start.pth").read_bytes()).hexdigest()
-    source = f"file sha256:{digest[:12]}"
+    source = f"file sha256:{digest}"
     save_model(tmp_path / "m.pt", "local", {}, method.training, {})
     assert load_model(tmp_path / "m.pt").versions["initial_weights"] == source
     (tmp_path / "start.pth").unlink()
@@ -316,8 +316,8 @@ def test_a_resumed_record_goes_on_and_replaces_the_unfinished(tmp_path: Path) ->
 
 
 def test_the_first_weights_are_recorded_once(tmp_path: Path, smoke: dict, monkeypatch) -> None:
-    def recorded(method: str, folder: str, rounds_done: int = 0) -> str | None:
-        info = {"method": method, "training": {**smoke, "backbone": "resnet18", "weights": "auto"}}
+    def recorded(method: str, folder: str, rounds_done: int = 0, **more: str) -> str | None:
+        info = {"method": method, "training": {**smoke, "backbone": "resnet18", "weights": "auto"}, **more}
         RunRecorder(tmp_path / folder, info, rounds_done).finish("completed")
         return json.loads((tmp_path / folder / "run.json").read_text())["initial_weights"]
 
@@ -328,6 +328,7 @@ def test_the_first_weights_are_recorded_once(tmp_path: Path, smoke: dict, monkey
     assert recorded("hsl", "pretrained") == "imagenet"
     assert recorded("hsl", "random", 1) == "none"  # the run goes on with what it began with
     assert recorded("local", "own") is None  # the check-in says it, site by site
+    assert recorded("hsl", "swarm", topology="swarm") is None  # nor does the server of a swarm look for any
 
 
 def test_tensorboard_holds_every_round_and_site_once(tmp_path: Path, monkeypatch) -> None:

@@ -28,7 +28,7 @@ REPORT = {
     "anchor_digest": "0" * 64,
     "labels": ["normal", "abnormal"],
     "model_hash": "f" * 64,
-    "initial_weights": "file sha256:0123456789ab",
+    "initial_weights": "file sha256:" + "0123456789abcdef" * 4,
     "precision": "float32",
     "versions": {"heterosync": "0.1.0", "torch": "2.15.0+cu128", "nvflare": "2.9.0rc1", "torchvision": "0.29.2"},
     "counts": {"train": 24, "validation": 4, "test": 12},
@@ -69,6 +69,15 @@ def test_everything_else_is_blocked_by_name(policy: WirePolicy, tensors, metrics
         policy.check(tensors, metrics)
 
 
+def test_scalars_of_single_methods_leave_under_those_alone() -> None:
+    told = {"label_entropy": 0.6, "n_epochs": 5, "train_accuracy": 0.9, "val_accuracy": 0.8}
+    WirePolicy("adafedprox", {}).check({}, told)
+    WirePolicy("feddys", {}).check({}, {"label_balance": 1.0})
+    for method, name in (("feddys", "label_entropy"), ("adafedprox", "label_balance"), ("fedavg", "val_accuracy")):
+        with pytest.raises(Blocked, match=f"method {method}: .*metric '{name}' is not one that this method reports"):
+            WirePolicy(method, {}).check({}, {"train_loss": 0.1, name: 0.5})
+
+
 def test_local_learning_may_send_no_tensor() -> None:
     with pytest.raises(Blocked, match="not one of the 0 shared tensors"):
         WirePolicy("local", {}).check({"w": torch.zeros(1)})
@@ -103,7 +112,8 @@ def test_check_in_fields_pass_in_their_form(policy: WirePolicy) -> None:
         ("counts", {"train": 1.5}),
         ("counts", {"patients": 3}),
         ("initial_weights", "/models/Jane Doe/resnet18.pth"),
-        ("initial_weights", "file sha256:0123456789ab Jane"),
+        ("initial_weights", "file sha256:0123456789ab"),
+        ("initial_weights", "file sha256:" + "0123456789abcdef" * 4 + " Jane"),
         ("initial_weights", 3),
         ("precision", "float64"),
         ("model_hash", "F" * 64),

@@ -127,7 +127,7 @@ def test_what_the_weights_setting_means_here(monkeypatch, tmp_path):
     file = tmp_path / "mine.pth"
     for content in (b"one", b"another"):
         file.write_bytes(content)
-        assert resolved_weights(str(file)) == "file sha256:" + hashlib.sha256(content).hexdigest()[:12]
+        assert resolved_weights(str(file)) == "file sha256:" + hashlib.sha256(content).hexdigest()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"weights")
     assert [resolved_weights(w) for w in ("none", "auto", "imagenet")] == ["none", "imagenet", "imagenet"]
@@ -144,7 +144,7 @@ def test_a_bare_name_means_a_file_in_torchs_cache_wherever_one_stands(monkeypatc
     (tmp_path / "hub" / "checkpoints" / "mine.pth").write_bytes(b"cached")
     for weights, content in (("mine.pth", b"cached"), ("./mine.pth", b"here")):
         assert TrainingSettings(weights=weights).weights_path == (content == b"here")
-        assert resolved_weights(weights) == "file sha256:" + hashlib.sha256(content).hexdigest()[:12]
+        assert resolved_weights(weights) == "file sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def test_bad_weight_files_are_named(tmp_path):

@@ -129,11 +129,11 @@ def _settings_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _idle_settings(name: str) -> dict[str, str]:
-    """Settings that are refused while the others have their defaults: name -> when they count."""
+    """Settings that are refused while the others have their defaults, or say nothing: name -> when they count."""
     from heterosync.methods import make_method
 
     method = make_method(name)
-    idle = {**method.settings.idle(), **method.training.idle()}
+    idle = {**method.settings.idle(), **method.training.idle(), **dict.fromkeys(method.unheeded, "other methods")}
     return idle if method.uses_anchor else {**idle, "anchors_may_differ": "an anchor task"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -84,7 +85,7 @@ def _comparable(field: str, value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    return text[:12] + "…" if len(text) == 64 else text
+    return re.sub(r"([0-9a-f]{12})[0-9a-f]{52}$", r"\1…", text)
 
 
 def _differences(what: str, values: Mapping[str, str], remedy: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from heterosync.federation.modelfile import PROVISIONED
 from heterosync.methods import get_method
 from heterosync.methods.base import Method
 
@@ -38,6 +39,13 @@ def own_weights(method: Method, model: nn.Module) -> str | None:
     if set(method.shared_names(model)) == set(model.state_dict()):
         return None
     return method.first_weights(method.training)
+
+
+def provisioned_at(method: Method, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """From check-ins that fit together, for the records: what every site has beside its data; else nothing."""
+    if type(method).provisioned is Method.provisioned:
+        return {}
+    return {PROVISIONED: str(reports[min(reports)]["initial_weights"])}
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

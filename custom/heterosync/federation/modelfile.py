@@ -22,6 +22,8 @@ FORMAT = "heterosync model 1"
 LAST_MODEL, BEST_MODEL = "last_model.pt", "best_model.pt"
 #: name of the first weights in a model file's `versions`
 INITIAL_WEIGHTS = "initial_weights"
+#: The same for what the sites have beside their data (`Method.provisioned`), for methods with such a thing.
+PROVISIONED = "provisioned"
 #: Before the names of the server's tensors among the assets of a model file.
 PREFIX = "server."
 #: A site's own best model in its work folder.
@@ -35,7 +37,8 @@ class ModelFile:
     state: the shared tensors, or all of a model that stays at its site. labels: names of class 0 and 1. round: how many
     rounds made it. assets: further tensors, such as the uint8 partner images (n, c, h, w) that predicting needs for the
     `sat_index` and `sat_mean` readings, or what the server remembers from round to round (server.py). versions: of
-    heterosync and torch, and under `initial_weights` what the first round started from.
+    heterosync and torch, under `initial_weights` what the first round started from, and under `provisioned` the frozen
+    network that the model goes with.
     """
 
     method: str
@@ -49,7 +52,10 @@ class ModelFile:
     path: Path | None = None
 
     def build(self) -> tuple[Method, nn.Module]:
-        """The method and its model with these weights, in evaluation mode. Raises `UserError` where they misfit."""
+        """The method and its model with these weights, in evaluation mode.
+
+        Raises `UserError` where they misfit, or where the frozen network that they go with is another one here.
+        """
         method, model = self._made()
         own, shared = set(model.state_dict()), set(method.shared_names(model))
         expected = shared or own  # a model that never leaves its site is whole
@@ -59,6 +65,9 @@ class ModelFile:
                 raise UserError(f"{self._name()}: it is only what the sites share: take a site's own {OWN_BEST}")
             expected = own
         self._check(model, expected)
+        wanted, here = self.versions.get(PROVISIONED), method.provisioned()
+        if wanted is not None and wanted != here:
+            raise UserError(f"{self._name()}: it goes with the frozen network {wanted}, here is {here}: get that file")
         model.load_state_dict(self.state, strict=False)
         return method, model.eval()
 

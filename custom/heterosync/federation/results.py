@@ -59,7 +59,7 @@ class RunRecorder:
         self._earlier = 0.0  # seconds of the sessions before this one
         if start_round > 0:
             self._take_up(start_round)
-        elif "method" in info:
+        elif "method" in info and info.get("topology") != "swarm":  # whose server makes no first weights
             self._run["initial_weights"] = initial_weights(info["method"], info.get("training"))
         self._total = int(dict(info.get("training") or {}).get("rounds", 0))
         self._events = EventFileWriter(str(make_folder(self.folder / TENSORBOARD)), flush_secs=3600)

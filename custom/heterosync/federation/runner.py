@@ -14,7 +14,7 @@ from torch import Tensor
 from heterosync.errors import HeteroSyncError, ProblemList
 from heterosync.federation import checkin
 from heterosync.federation.contribution import Contribution
-from heterosync.federation.initial import initial_state, state_hash
+from heterosync.federation.initial import initial_state, provisioned_at, state_hash
 from heterosync.federation.modelfile import (
     BEST_MODEL,
     INITIAL_WEIGHTS,
@@ -140,12 +140,15 @@ class _Run:
         problems = checkin.compare(reports, anchors_may_differ, min_sites, receiving)
         first = next(iter(reports.values()))
         if self.done and not anchors_may_differ:
-            problems += changed_ground(read_json(self.out / RUN), first["labels"], first["anchor_digest"])
+            problems += changed_ground(read_json(self.out / RUN), first)
         if problems:
             raise ProblemList(problems)
         self.sites = {name: site for name, site in self.sites.items() if name not in receiving}
         self.labels = first["labels"]
         self.info.update(receivers=receiving, labels=self.labels, anchor_digest=first["anchor_digest"])
+        provisioned = provisioned_at(self.method, reports)
+        self.info.update(provisioned)
+        self.origin.update(provisioned)
         state = self._start()
         if self.server.tail is not None:
             self.server.tail.checked_in(reports)
@@ -272,7 +275,7 @@ class _Run:
             return {}
         if self.done and self.stored.model is not None:
             last = self.stored.model
-            self.origin = {INITIAL_WEIGHTS: last.versions.get(INITIAL_WEIGHTS, "unknown")}
+            self.origin[INITIAL_WEIGHTS] = last.versions.get(INITIAL_WEIGHTS, "unknown")
             self.server = Server(self.method, last.state, memory_of(last.assets), sites=list(self.sites))
             return last.state
         state = initial_state(self.method)

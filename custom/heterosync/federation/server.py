@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from heterosync.federation.modelfile import PREFIX
 from heterosync.federation.split import Tail
 from heterosync.federation.wire import signature
 from heterosync.methods.base import Method
+
+log = logging.getLogger("heterosync")
 
 
 class Server:
@@ -37,22 +40,35 @@ class Server:
         sites: Sequence[str] = (),
     ):
         self._method, self._sent, self.shares = method, state, bool(state)
+        method.tell = log.info
         self.memory = method.server_memory(tuple(sorted(sites)))
         if memory is not None:
-            wanted, found = ({name: value.shape for name, value in held.items()} for held in (self.memory, memory))
-            if wanted != found:
-                why = "what its server remembers of the rounds before is missing or does not fit the sites"
-                raise UserError(f"method {method.name} cannot go on from the stored model: {why}: begin a new training")
-            self.memory = dict(memory)
+            self.memory = self._going_on(memory, sites)
         self.tail = Tail(method, state, self.memory) if method.split else None
         weighting, score = method.weighting, getattr(method.task, SCORED.get(method.weighting, "best"))
         if weighting in method.scalars:
             weighting, score = "metric", weighting
         self.fusion = Fusion(_returned(method, state), weighting, method.name, spill, score, method.scalars)
 
+    def _going_on(self, stored: Mapping[str, Tensor], sites: Sequence[str]) -> dict[str, Tensor]:
+        """What an earlier server remembered; of a site that is new, what every site begins with. What was remembered of
+        a site that left waits for its return."""
+        names = {name for name in self.memory if any(name.endswith(f".{site}") for site in sites)}
+        kinds = {name.removesuffix(f".{site}") + "." for site in sites for name in names if name.endswith(f".{site}")}
+        gone = {name for name in stored.keys() - self.memory.keys() if name.startswith(tuple(kinds))}
+        free = names - stored.keys() | gone if self._method.memory_by_site else set[str]()
+        wanted, found = (
+            {name: value.shape for name, value in held.items() if name not in free} for held in (self.memory, stored)
+        )
+        if wanted != found:
+            where, here = f"method {self._method.name} cannot go on from the stored model", ", ".join(sorted(sites))
+            why = f"what its server remembers of the rounds before is missing or does not fit the sites {here}"
+            raise UserError(f"{where}: {why}: begin a new training, or go on with the sites that began this one")
+        return {**{name: value for name, value in self.memory.items() if name in free}, **stored}
+
     def start(self, round_: int, sent: Mapping[str, Any]) -> None:
         """Begin a round, for which the sites get the state `sent`."""
-        self._sent = sent
+        self._sent, self._round = sent, round_
         self.fusion.start(round_)
         if self.tail is not None:
             self.tail.start(round_, sent)
@@ -70,10 +86,13 @@ class Server:
         return self._method.for_site(state, memory, site)
 
     def result(self) -> dict[str, Any]:
-        """The next global state; call it once per round."""
+        """The next global state; call it once per round. Raises `UserError` where the method cannot make one."""
         if self._method.individual:
-            with torch.random.fork_rng(devices=[]):
-                state = self._method.fuse(self._sent, self.fusion.answers(), self.memory)
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    state = self._method.fuse(self._sent, self.fusion.answers(), self.memory)
+            except UserError as error:
+                raise UserError(f"server, round {self._round}: {error}") from error
             self.fusion.drop()
             return self._checked(state)
         fused = self.fusion.result()

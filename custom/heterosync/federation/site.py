@@ -19,7 +19,7 @@ from heterosync.errors import ProblemList, UserError
 from heterosync.federation import checkin
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.initial import own_weights
-from heterosync.federation.modelfile import OWN_BEST, load_model, save_model
+from heterosync.federation.modelfile import OWN_BEST, PROVISIONED, load_model, save_model
 from heterosync.federation.predictions import write_predictions
 from heterosync.federation.split import Ask, meet, refuse_own_batches
 from heterosync.federation.trainings import difference
@@ -85,6 +85,7 @@ class SiteTrainer:
         self.method = make_method(method_name, dict(method_settings or {}), training)
         self.task = self.method.task
         self._log = log or logging.getLogger("heterosync").info
+        self.method.tell = lambda line: self._log(f"site {site}: {line}")
         make_folder(self.work)
         self._claim()
         self._opened: LocalTrainer | None = None
@@ -275,9 +276,9 @@ class SiteTrainer:
     def _save(
         self, file: Path, state: Mapping[str, Tensor], rounds: int, extra: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write a model of `rounds` rounds."""
-        method, labels = self.method, self._trainer().data.labels
-        save_model(file, method.name, method.settings, method.training, state, labels, rounds, extra)
+        method, labels, provisioned = self.method, self._trainer().data.labels, self.method.provisioned()
+        origin = {PROVISIONED: provisioned} if provisioned else None
+        save_model(file, method.name, method.settings, method.training, state, labels, rounds, extra, origin)
 
     def _evaluate_own(self, trainer: LocalTrainer, split: str) -> Outcome:
         file = self.work / OWN_BEST

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from heterosync.errors import ProblemList, UserError
-from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL, ModelFile, load_model
+from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL, PROVISIONED, ModelFile, load_model
 from heterosync.federation.results import CROSS_SITE, HISTORY, RUN, TENSORBOARD, read_history
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.wire import is_site_name
@@ -139,18 +139,23 @@ def standing(
 
 
 #: What run.json says of the sites that a training began with, and the jobs that go on with it compare.
-BEGUN_WITH = ("sites", "labels", "anchor_digest")
+BEGUN_WITH = ("sites", "labels", "anchor_digest", PROVISIONED)
 
 
-def changed_ground(earlier: Mapping[str, Any], labels: Any, anchor_digest: str | None) -> list[str]:
-    """Problems, one line each, when the sites' labels or anchor pack are not those of the earlier rounds' run.json."""
+def changed_ground(earlier: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """Problems, one line each, when labels, anchor pack or frozen network in a check-in's `report` are not those of the
+    earlier rounds' run.json."""
     problems = []
+    labels, anchor_digest = report["labels"], report["anchor_digest"]
     if earlier.get("labels") and list(earlier["labels"]) != list(labels):
         before = " / ".join(map(str, earlier["labels"]))
         problems.append(f"this training began with the label names {before}: write the same into every site.yaml")
     if earlier.get("anchor_digest") and earlier["anchor_digest"] != anchor_digest:
         before = str(earlier["anchor_digest"])[:12]
         problems.append(f"this training began with the anchor digest {before}…: give every site that anchor pack")
+    if earlier.get(PROVISIONED) and earlier[PROVISIONED] != report["initial_weights"]:
+        before = earlier[PROVISIONED]
+        problems.append(f"this training began with the frozen network {before}: put that file back at every site")
     return problems
 
 

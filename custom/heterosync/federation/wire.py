@@ -1,8 +1,8 @@
 """The allow-list: the one place that decides what may leave a site.
 
 Three things may: the shared tensors of the method (exact name, shape and type), finite scalars with the names of
-`METRICS`, and the fields of the check-in, each in a format so tight that no path, patient id or text fits through.
-Images, predictions and ids have no way out.
+`METRICS` (those of single methods only under a method that declares them), and the fields of the check-in, each in a
+format so tight that no path, patient id or text fits through. Images, predictions and ids have no way out.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from heterosync.errors import UserError
+from heterosync.methods import get_method
+from heterosync.methods.leaves import SCALAR_LEAVES
 
 #: Scalars (privacy class W0) that a site may report, by name.
 METRICS: frozenset[str] = frozenset(
@@ -65,7 +68,7 @@ MAX_LABEL = 40
 _SITE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?=[A-Za-z0-9])){0,62}")
 _METHOD = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_WEIGHTS = re.compile(r"none|imagenet|stand-in|file sha256:[0-9a-f]{12}")
+_WEIGHTS = re.compile(r"none|imagenet|stand-in|file sha256:[0-9a-f]{64}")
 _LABEL = re.compile(rf"[^\W_][\w +()-]{{0,{MAX_LABEL - 1}}}")
 _VERSION = re.compile(
     r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}([a-z]{1,4}[0-9]{0,4})?(\.(post|dev)[0-9]{1,8})?(\+[a-z0-9.]{1,20})?"
@@ -143,6 +146,11 @@ class WirePolicy:
         self.method, self.parcels, self.batch = method, tuple(parcels), batch
         self.reference = {name: signature(value) for name, value in reference.items()}
 
+    @cached_property
+    def scalars(self) -> frozenset[str]:
+        """Names of the scalars that sites report under the method."""
+        return METRICS - SCALAR_LEAVES.keys() | set(get_method(self.method).scalars)
+
     def check(self, tensors: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
         """A message of a training or validation: tensors by exact name, shape and type; scalars by name, finite."""
         for name, value in tensors.items():
@@ -156,6 +164,8 @@ class WirePolicy:
         for name, value in (metrics or {}).items():
             if name not in METRICS:
                 raise self._blocked(f"metric '{str(name)[:80]}' is not on the list of scalars that may leave")
+            if name not in self.scalars:
+                raise self._blocked(f"metric '{name}' is not one that this method reports")
             if not _finite_number(value):
                 raise self._blocked(f"metric '{name}' is not a finite number")
 

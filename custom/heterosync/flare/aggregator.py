@@ -16,7 +16,8 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
-from heterosync.errors import ContributionRefused
+from heterosync import pulse
+from heterosync.errors import Aborted, ContributionRefused, UserError
 from heterosync.federation.contribution import Contribution
 from heterosync.federation.server import Server
 from heterosync.federation.split import Tail
@@ -131,12 +132,25 @@ class EqualWeightAggregator(Aggregator):
             return f"it could not be read ({type(error).__name__}: {error})"
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
-        """The fused state as a message; an empty one when no tensors are shared or nobody contributed."""
+        """The fused state as a message; an empty one when no tensors are shared, nobody contributed or the job ends."""
         assert self._server is not None
         self.close()
-        state = self._server.result() if self.metrics and self._server.shares else {}
+        state = self._fused(fl_ctx) if self.metrics and self._server.shares else {}
         fl_ctx.set_prop(MEMORY, self._server.memory, private=True, sticky=True)
         return messages.tensors_message(state)
+
+    def _fused(self, fl_ctx: FLContext) -> dict[str, Any]:
+        """The next global state; nothing when the job ends meanwhile: some methods work for long here."""
+        assert self._server is not None
+        abort_signal = fl_ctx.get_run_abort_signal()
+        try:
+            with pulse.until(lambda: abort_signal is not None and abort_signal.triggered):
+                return self._server.result()
+        except Aborted:
+            pass
+        except UserError as error:  # FLARE would put a traceback before it
+            self.system_panic(str(error), fl_ctx)
+        return {}
 
     def _read(self, site: str, shareable: Shareable) -> Contribution:
         assert self._server is not None

@@ -171,7 +171,7 @@ class HeteroSyncController(SupervisedRounds):
     def _changed(self, report: Mapping[str, Any], sites: list[str]) -> list[str]:
         problems = []
         if self._start_round and not self._anchors_may_differ:
-            problems += changed_ground(self._earlier, report["labels"], report["anchor_digest"])
+            problems += changed_ground(self._earlier, report)
         if self._start_round and self._rules.needs_all:
             problems += changed_sites(self._earlier, sites)
         return problems

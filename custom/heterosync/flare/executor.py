@@ -15,6 +15,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 
+from heterosync import pulse
 from heterosync.data.site import find_site_folder
 from heterosync.errors import TrainerDied, TrainerHung, UserError
 from heterosync.federation.wire import reportable
@@ -83,7 +84,8 @@ class HeteroSyncExecutor(Executor):
                     trainer = self._get_trainer(fl_ctx)
                     trainer.abort = lambda: abort_signal.triggered  # kills a trainer process within a tenth of a second
                     trainer.exchange = ask_server(fl_ctx, abort_signal)
-                    return self._answer(trainer, task_name, shareable)
+                    with pulse.until(lambda: abort_signal.triggered):  # where it trains in this process
+                        return self._answer(trainer, task_name, shareable)
                 except TrainerDied as death:
                     self._close()
                     if abort_signal.triggered:

@@ -16,7 +16,7 @@ from heterosync.flare.job_folder import APP, replaces_job
 from heterosync.flare.job_options import JobOptions
 from heterosync.flare.job_readme import readme
 from heterosync.methods import get_method, make_method, method_names
-from heterosync.methods.base import Method
+from heterosync.methods.base import SCALAR_LEAVES, Method
 
 #: Methods that have a committed swarm job too.
 SWARMS = ("hsl",)
@@ -93,6 +93,9 @@ def check_job(name: str, options: JobOptions) -> Method:
     if topology == "swarm":
         if options.min_clients:
             raise UserError("job option min_clients: a swarm needs every site in every round: leave it out")
+        for name in ("wait_after_min", "uploads_to_disk"):
+            if getattr(options, name) != getattr(JobOptions, name):
+                raise UserError(f"job option {name}: the server of a swarm gets no models to wait for: leave it out")
         if method.training.early_stop:
             raise UserError("training setting early_stop: a swarm runs all its rounds: leave it out")
     return method
@@ -112,6 +115,9 @@ def obstacle(method: Method, option: str) -> str | None:
         return "goes from site to site"
     if option == "dp_clip" and not method.only_updates:
         return "sends more than an update of what a site received"
+    told = [name for name in method.scalars if SCALAR_LEAVES[name].startswith("W2")]
+    if option == "dp_clip" and told:
+        return f"goes by {told[0]}, a statistic of the site's labels, to which no noise is added"
     return None
 
 

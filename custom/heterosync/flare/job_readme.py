@@ -133,9 +133,9 @@ train in step: in the simulator, give `-t` as many threads as sites.
 
 #: Who gets the weights when the sites fuse among themselves.
 _SWARM = """The weights go from site to site and not to the server: every round one site, drawn by chance, gets the
-weights of all others, fuses them and sends the result to all. The server gets the scalars and the check-in. With
-FLARE's secure kits messages between sites are encrypted from site to site, though they pass through the server; the
-simulator has no encryption. There, give `-t` as many threads as sites.
+weights of all others with their scalars of the round, fuses them and sends the result to all. The server gets the
+scalars and the check-in. With FLARE's secure kits messages between sites are encrypted from site to site, though they
+pass through the server; the simulator has no encryption. There, give `-t` as many threads as sites.
 """
 
 

@@ -17,6 +17,8 @@ from heterosync.flare import bounds, messages
 
 #: Private property of the server's context: the two label names, which the check-in found out.
 LABELS = "heterosync_labels"
+#: The same for what its model files say of `PROVISIONED`.
+ORIGIN = "heterosync_origin"
 #: Another one: the stored model (`ModelFile`) of the training that the job goes on with, None for a new one.
 STORED = "heterosync_stored"
 #: The same for what a method's server half remembers from round to round: tensors by name.
@@ -62,5 +64,5 @@ class GlobalModelPersistor(ModelPersistor):
             labels=fl_ctx.get_prop(LABELS) or (),
             round_=rounds,
             extra=assets_of(fl_ctx.get_prop(MEMORY) or {}),
-            versions=self._origin,
+            versions={**self._origin, **(fl_ctx.get_prop(ORIGIN) or {})},
         )

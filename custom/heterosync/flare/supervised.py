@@ -19,13 +19,14 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.fuel.utils.memory_utils import cleanup_memory
 
 from heterosync.federation import checkin
+from heterosync.federation.initial import provisioned_at
 from heterosync.federation.results import RunRecorder
 from heterosync.federation.scoreboard import Scoreboard
 from heterosync.federation.trainings import learning_info
 from heterosync.federation.wire import WirePolicy
 from heterosync.flare import bounds, messages
 from heterosync.flare.causes import Stopped, cause_of
-from heterosync.flare.persistor import LABELS
+from heterosync.flare.persistor import LABELS, ORIGIN
 from heterosync.flare.sending import Payload, send
 from heterosync.training.settings import LoopSettings
 
@@ -176,6 +177,8 @@ class Supervision(Controller):
         if problems:
             raise Stopped("\n".join(problems))
         fl_ctx.set_prop(LABELS, tuple(first["labels"]), private=True, sticky=True)
+        provisioned = provisioned_at(self._rules, reports)
+        fl_ctx.set_prop(ORIGIN, provisioned, private=True, sticky=True)
         self._recorder.checked_in(reports)
         self._checked_in(reports)
         names = sorted(reports)
@@ -186,7 +189,7 @@ class Supervision(Controller):
         if self._outside:
             self._recorder.note(not_checked_in=self._outside)
         fitting = {"sites": names, "receivers": self._receivers, "labels": first["labels"]}
-        self._recorder.note(**fitting, anchor_digest=first.get("anchor_digest"))
+        self._recorder.note(**fitting, anchor_digest=first.get("anchor_digest"), **provisioned)
         only = f"; without training data, only receiving: {', '.join(self._receivers)}" if self._receivers else ""
         log.info("check-in: %d sites fit together: %s%s", len(names), ", ".join(names), only)
 

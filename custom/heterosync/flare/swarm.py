@@ -18,6 +18,7 @@ from heterosync.flare.causes import Stopped, cause_of
 from heterosync.flare.job import obstacle
 from heterosync.flare.supervised import CHECK_PERIOD, Supervision
 from heterosync.methods import bytes_per_round
+from heterosync.methods.base import Method
 
 FOREVER = 10.0**9  # seconds
 
@@ -57,6 +58,7 @@ class SwarmController(Supervision, SwarmServerController):
             0,
             task_timeout,
             anchors_may_differ,
+            private_p2p=True,  # in secure mode the sites encrypt for each other, not for the server
             num_rounds=1,  # until `start_controller` has read the settings
             participating_clients=[],
             configure_task_timeout=task_timeout,
@@ -78,9 +80,18 @@ class SwarmController(Supervision, SwarmServerController):
                 raise UserError(f"no swarm: method {self._method_name} {why}")
             self.num_rounds = training.rounds
             self._bytes = bytes_per_round(self._rules, self._rules.build_model(weights="none"))
-            self._recorder.note(topology="swarm")
         except Exception as error:
             self._stop(cause_of(error), fl_ctx)
+
+    def _take_up(self, info: dict[str, Any], fl_ctx: FLContext) -> int:
+        info["topology"] = "swarm"
+        return 0
+
+    def _checked_in(self, reports: dict[str, dict[str, Any]]) -> None:
+        if (
+            type(self._rules).provisioned is Method.provisioned
+        ):  # else the reports say that, and the head begins at random
+            self._recorder.note(initial_weights=reports[min(reports)]["initial_weights"])
 
     def _begin(self, signal: Signal, fl_ctx: FLContext) -> None:
         """FLARE's swarm begins only now, with those that fit together."""

@@ -23,6 +23,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.ccwf.common import Constant, ResultType
 
 from heterosync.errors import HeteroSyncError, UserError
+from heterosync.federation.initial import provisioned_at
 from heterosync.federation.modelfile import BEST_MODEL, LAST_MODEL, load_model
 from heterosync.federation.wire import audit_lines, is_site_name
 from heterosync.files import link_file, read_json, write_json
@@ -30,7 +31,8 @@ from heterosync.flare import messages
 from heterosync.flare.aggregator import EqualWeightAggregator
 from heterosync.flare.executor import WORK, HeteroSyncExecutor
 from heterosync.flare.filters import OutboundFilter, blocked, opened
-from heterosync.flare.persistor import LABELS, GlobalModelPersistor
+from heterosync.flare.persistor import LABELS, ORIGIN, GlobalModelPersistor
+from heterosync.methods import make_method
 
 #: Tasks between server and site, and from site to site. FLARE joins the workflow's prefix and its own words.
 CONTROL_TASKS = ("swarm_config", "swarm_start")
@@ -57,6 +59,11 @@ class SwarmExecutor(HeteroSyncExecutor):
                 scalars = messages.open_message(reply)[1]
                 if task_name == messages.CHECK_IN:
                     fl_ctx.set_prop(LABELS, tuple(scalars["labels"]), private=True, sticky=True)
+                    method = make_method(self._method, self._settings, self._training)
+                    fl_ctx.set_prop(ORIGIN, provisioned_at(method, {"": scalars}), private=True, sticky=True)
+                    if scalars["initial_weights"] is None:  # any site may have to make the first state of all
+                        first = method.first_weights(method.training)
+                        return messages.scalars_message({**scalars, "initial_weights": first})
                 elif task_name == messages.TRAIN:
                     file = folder / WORK / ROUNDS
                     known = read_json(file) if file.exists() else {}

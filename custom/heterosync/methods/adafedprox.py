@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from heterosync.errors import UserError
 from heterosync.methods.agent import Agent
 from heterosync.methods.answer import Answer, mean
 from heterosync.methods.base import COMMON_LEAVES, SCALAR_LEAVES, EqualWeights, Method
@@ -35,6 +36,14 @@ class AdaFedProxSettings(EqualWeights):
     eps_decay: float = setting(0.005, "[C] a random mu with probability exp(-eps_decay t)", low=0.0)
     agent_lr: float = setting(1e-3, "[C] Adam", low=1e-12)
     target_rate: float = setting(0.005, "[R] of the slow copies that make the targets", low=1e-12, high=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.buffer < self.agent_batch:
+            raise UserError(
+                f"adafedprox setting 'buffer' is {self.buffer}: it must hold one agent_batch ({self.agent_batch}), or "
+                "the agent never learns"
+            )
 
     def idle(self) -> dict[str, str]:
         if self.agent == "learning":
@@ -77,6 +86,7 @@ class AdaFedProx(Method):
         *COMMON_LEAVES,
     )
     only_updates = False
+    one_model = True  # only `mu` differs
     Settings = AdaFedProxSettings
     settings: AdaFedProxSettings
     _received: list[Tensor]
@@ -116,7 +126,7 @@ class AdaFedProx(Method):
         self._report["train_accuracy"] = scores["accuracy"]
         self._report["label_entropy"] = label_entropy([scores["n_positive"], scores["n"] - scores["n_positive"]])
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         return dict(self._report)
 
     # -- at the server -------------------------------------------------------------------------------------------------
@@ -138,7 +148,7 @@ class AdaFedProx(Method):
         }
 
     def for_site(self, state: Mapping[str, Tensor], memory: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
-        if not self.per_site:
+        if not self.per_site or f"site.{site}" not in memory:  # a site that only receives
             return dict(state)
         return {**state, "mu": memory["mu"][_sites(memory).index(site)].clone()}
 

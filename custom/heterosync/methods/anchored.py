@@ -104,8 +104,9 @@ class OneEncoder(Anchored):
     def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
         return torch.sigmoid(model(images))
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """The gradients of both tasks on the encoder, and the mixture's share of tower 1's input."""
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """The gradients of both tasks on the encoder, and the mixture's share of tower 1's input where there is one."""
+        batch = examples.sample()
         if not isinstance(model, SharedEncoder) or batch.anchor_images is None or batch.anchor_labels is None:
             return {}
         return coupling(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)

@@ -93,6 +93,9 @@ class Method(ABC):
         split           the network is cut: the server trains the shared tensors itself, on what the sites send in every
                         step; all sites make as many steps, and their last state counts, not their best
         goes_on         it begins with an earlier model, which the training setting `weights` names
+        memory_by_site  what the server remembers is the same for all, or of one site each and named after it: between
+                        the jobs of a training sites may join and leave
+        unheeded        training settings that do not count, as `job describe` tells; jobs of a comparison share theirs
         topology        who combines, unless a job says otherwise: "star", the server; "swarm", the sites in turn
         Settings        frozen dataclass of the hyper-parameters
         Training        frozen dataclass of the training settings; None: the task's
@@ -113,6 +116,8 @@ class Method(ABC):
     only_updates: ClassVar[bool] = True
     split: ClassVar[bool] = False
     goes_on: ClassVar[bool] = False
+    memory_by_site: ClassVar[bool] = False
+    unheeded: ClassVar[tuple[str, ...]] = ()
     topology: ClassVar[str] = "star"
     Settings: ClassVar[type[BaseSettings]] = NoSettings
     Training: ClassVar[type[LoopSettings] | None] = None
@@ -122,6 +127,7 @@ class Method(ABC):
         self.training: Any = training if training is not None else self.recipe()
         self.weighting = getattr(self.settings, "weighting", type(self).weighting)
         self.exchange: Callable[[Parcel], Parcel] | None = None  # split methods: ask the server, while a round runs
+        self.tell: Callable[[str], None] = lambda line: None  # how far a long piece of work is, for the log
 
     @classmethod
     def recipe(cls, values: Mapping[str, Any] | None = None) -> LoopSettings:
@@ -135,7 +141,7 @@ class Method(ABC):
 
     @property
     def one_model(self) -> bool:
-        """Whether a federation ends with one model for all, which also a site that did not train can use."""
+        """Whether a federation ends with one network for all, which also a site that did not train can use."""
         return self.weighting != "none" and not (self.personal or self.pooled or self.per_site)
 
     @property
@@ -237,9 +243,9 @@ class Method(ABC):
     def round_end(self, model: nn.Module, examples: Examples) -> None:
         """After the last step; the model holds the best snapshot, and what is set here becomes part of it."""
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         """Scalars about the mechanism and `scalars`, at the end of each round; leaves model, gradients and generators
-        as they were."""
+        as they were. No image is read for it but those asked for, such as `examples.sample()`."""
         return {}
 
     # -- at the server -------------------------------------------------------------------------------------------------

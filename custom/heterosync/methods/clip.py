@@ -60,8 +60,9 @@ class Clip(Method):
         site k:        min  BCE(h(z))   over the head h alone             server:  h <- sum_k (n_k / n) h_k
 
     x is fitted as CLIP's: the shorter side to 224, bicubic, the middle of the longer one, CLIP's mean and deviation.
-    Each site must have the tower's file; its hash goes into the check-in, and sites whose files differ are refused;
-    with `sha256` set, no other file will do, not even to predict. The training settings `image_size`, `channels`,
+    Each site must have the tower's file; its hash goes into the check-in, and sites whose files differ are refused. It
+    stands in run.json and in every model file: no other tower will do to go on with a training, nor to predict; with
+    `sha256` set, nor to begin one. The training settings `image_size`, `channels`,
     `fit`, `augment` and `precision` are the tower's (224, 3, crop, no augmentation, float32), whatever the job says;
     `backbone` and `weights` concern networks that this method has not.
     `clip_model: stand-in` puts a fixed random layer in CLIP's place, which sees the job's images at the job's size: it
@@ -77,6 +78,7 @@ class Clip(Method):
     status = "reconstruction"
     citation = "Radford et al., ICML 2021, arXiv 2103.00020; encoder, head and rule are a reconstruction"
     leaves = ("W1: the tensors of the head on top of the frozen encoder, `head.*`", *COMMON_LEAVES)
+    unheeded = ("image_size", "channels", "fit", "augment", "precision", "backbone", "weights")
     Settings = ClipSettings
     settings: ClipSettings
     _encoder: nn.Module | None = None
@@ -111,9 +113,9 @@ class Clip(Method):
         if self._shape is None:
             return STAND_IN
         found, wanted = file_mark(self._file()), self.settings.sha256
-        if not found.endswith(wanted[:12]):
+        if not found.partition(":")[2].startswith(wanted):
             raise UserError(
-                f"method clip: {self._file()} is {found}, the job's models go with sha256:{wanted[:12]}: get that file"
+                f"method clip: {self._file()} is {found}, the job's models go with sha256:{wanted}: get that file"
             )
         return found
 

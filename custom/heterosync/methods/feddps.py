@@ -51,8 +51,10 @@ class FedDPS(Method):
     size, but says little of n where sites are few.) The noise shows the mechanism and protects nothing: it comes from
     the job's seed, and n_train leaves a site under every method. A site with fewer than 2 images drawn sits out.
 
-    In round 0, when the server knows nothing yet, q_k is 1 everywhere. Whoever does not train sends back what it got,
-    with b_k = 0, and still scores the received model. Profile or count are fixed in the site's first round.
+    In round 0, when the server knows nothing yet, q_k is 1 everywhere; later only sites that answered in the round
+    before are drawn, or count for n. A site that joins a chain of jobs begins as all did in round 0. Whoever does not
+    train sends back what it got, with b_k = 0, and still scores the received model. Profile or count are fixed in the
+    site's first round.
     Sent: as FedAvg, 42.7 MiB per round with ResNet18, and the profile (A) or count (B) and b_k; q_k only comes down.
 
     Degenerates: where all sites (A) or all images (B) take part, into FedAvg.
@@ -71,6 +73,8 @@ class FedDPS(Method):
     )
     weighting = "samples"
     only_updates = False
+    memory_by_site = True
+    one_model = True  # only `rate` differs
     Settings = FedDPSSettings
     settings: FedDPSSettings
 
@@ -131,7 +135,7 @@ class FedDPS(Method):
         }
 
     def for_site(self, state: Mapping[str, Tensor], memory: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
-        return {**state, "rate": memory[f"rate.{site}"].clone()}
+        return {**state, "rate": memory.get(f"rate.{site}", state["rate"]).clone()}  # else a site that only receives
 
     def fuse(
         self, sent: Mapping[str, Tensor], answers: Mapping[str, Answer], memory: dict[str, Tensor]
@@ -140,8 +144,11 @@ class FedDPS(Method):
         memory.update({f"told.{site}": answer[self._told] for site, answer in answers.items()})
         told = {name.removeprefix("told."): value for name, value in memory.items() if name.startswith("told.")}
         known = {site: value for site, value in sorted(told.items()) if value.any()}
+        here = {site: value for site, value in known.items() if site in answers}
         rule = self._chosen if self.settings.reading == "A" else self._sampled
-        rates = rule(known, int(memory["round"])) if known else {}
+        rates = rule(here, int(memory["round"])) if here else {}
+        if rates:  # who is away is not drawn; back again, it takes part as little as any
+            rates |= dict.fromkeys(known.keys() - here.keys(), min(rates.values()))
         memory.update({f"rate.{site}": torch.tensor(rate, dtype=torch.float64) for site, rate in rates.items()})
         joined = {site: float(answer["joined"]) for site, answer in answers.items()}
         trained = {site: answer for site, answer in answers.items() if joined[site]}

@@ -84,7 +84,7 @@ class FedDyS(Method):
             self._rows = self._rows[kept(scores, quantile)]
         yield from (batch for batch in examples.chosen(round_, epoch, self._rows) if len(batch.labels) > 1)
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         return {"label_balance": equitability(np.bincount(self._labels[self._rows].astype(int), minlength=2).tolist())}
 
     def fuse(

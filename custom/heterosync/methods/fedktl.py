@@ -53,7 +53,9 @@ class FedKTLSettings(Settings):
             )
 
     def idle(self) -> dict[str, str]:
-        return {} if self.generator == FALLBACK else {"fit_steps": f"generator={FALLBACK}"}
+        if self.generator != FALLBACK:
+            return {"fit_steps": f"generator={FALLBACK}"}
+        return {} if self.mu else {"fit_steps": "mu above 0"}
 
 
 class FedKTL(Method):

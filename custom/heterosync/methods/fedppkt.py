@@ -23,6 +23,7 @@ from heterosync.training.seeds import stream
 
 #: Number of fusions so far; comes down, never goes up.
 ROUNDS = "rounds"
+SERVER_ONLY = ("server_gen_steps", "w_oh_server")  # settings of its refinement
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class FedPPKTSettings(EqualWeights):
                 "synthesis_batch"
             )
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.server_gen_epochs else dict.fromkeys(SERVER_ONLY, "server_gen_epochs above 0")
+
 
 class Household(nn.Module):
     """What a site holds; as a network it is the student."""
@@ -95,10 +99,11 @@ class FedPPKT(Method):
                    G, z:  min w_bn B(s) + w_oh_server (1/K) sum_k CE(s_k(x), y)
 
     B: distance of the batch's moments from BatchNorm's statistics (models/inversion.py). A classifier has one logit l
-    for the two classes (0, l). After stage 0 the site's training images are not read again; its validation images
-    choose the best epoch, as for every method. In the first `warm_up` rounds the student stays as it is, and sites keep
-    their own G. Student: the common recipe (harmonised; [C] SGD 0.2, momentum 0.9, 10 epochs a round), `kd_steps` steps
-    an epoch. G's layers and the pool's limit are reconstructions; so is that Adam's moments of G start anew each round.
+    for the two classes (0, l). After stage 0 the site's training images are not read again (but a trainer that starts
+    anew checks that the site folder is whole); its validation images choose the best epoch, as for every method. In the
+    first `warm_up` rounds the student stays as it is, and sites keep their own G. Student: the common recipe
+    (harmonised; [C] SGD 0.2, momentum 0.9, 10 epochs a round), `kd_steps` steps an epoch. G's layers and the pool's
+    limit are reconstructions; so is that Adam's moments of G start anew each round.
 
     Sent: student and generator, 47.0 MiB per round with ResNet18. The generator is fitted to invert a model of private
     images (W4): what it draws can look like them. The teacher and the pool stay at the site, in its resume state.
@@ -176,6 +181,7 @@ class FedPPKT(Method):
                 bce(teacher(batch.images), batch.labels).backward()
                 optimizer.step()
             schedule.step()
+            self._tell("the teacher", epoch, s.teacher_epochs)
             teacher.eval()
             try:
                 score, log_loss = examples.validate(teacher)
@@ -190,8 +196,11 @@ class FedPPKT(Method):
     def batches(self, model: nn.Module, examples: Examples, round_: int, epoch: int) -> Iterator[Batch]:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))  # torch's generator was set for site and epoch
         warm = round_ < self.settings.warm_up
-        for _ in range(self.training.local_epochs if warm else 1):
+        epochs = range(self.training.local_epochs if warm else 1)
+        for made in epochs:
             self._synthesise(model, rng)
+            if warm:
+                self._tell("pictures", made, len(epochs))
         if warm:
             return
         self._kept = {name: model.state_dict()[name].clone() for name in self.own_names(model) if "teacher" not in name}
@@ -201,6 +210,10 @@ class FedPPKT(Method):
             rows = torch.from_numpy(rng.choice(filled, size, replace=False)).to(model.pool.device)
             images = (model.pool[rows].float() / 255).contiguous(memory_format=torch.channels_last)
             yield Batch(images, model.pool_labels[rows].float())
+
+    def _tell(self, what: str, done: int, of: int) -> None:
+        if (done + 1) * 10 // of > done * 10 // of:  # ten lines, also of hundreds of epochs
+            self.tell(f"{what}: epoch {done + 1}/{of}")
 
     def _synthesise(self, model: nn.Module, rng: np.random.Generator) -> list[float]:
         """One epoch of the generator; its pictures enter the pool."""
@@ -270,6 +283,7 @@ class FedPPKT(Method):
         for epoch in range(s.server_gen_epochs):
             meta.epoch(loss, stream(self.training.seed, "server", round_, epoch, "synthesis"))
             gap.remember()
+            self._tell(f"round {round_}, the server's refinement", epoch, s.server_gen_epochs)
         return {f"gen.{name}": value.cpu() for name, value in gen.state_dict().items()}
 
     def _student(self, state: Mapping[str, Tensor], device: torch.device) -> nn.Module:

@@ -37,6 +37,14 @@ class FedRCLSettings(EqualWeights):
     norm: str = setting("bn", "[R] as all methods here; gn: GroupNorm of 2 groups [C]", choices=("bn", "gn"))
     max_norm: float = setting(0.0, "[R] off; the native recipe clips the gradient's norm at 10 [C]", low=0.0)
 
+    def idle(self) -> dict[str, str]:
+        idle = {} if self.contrast else {"topk_neg": "contrast above 0"}
+        if not self.beta:
+            idle |= dict.fromkeys(("lambda_", "penalty"), "beta above 0")
+        if not self.contrast and not self.beta:
+            idle |= dict.fromkeys(("tau", "levels"), "contrast or beta above 0")
+        return idle
+
 
 class FedRCL(Method):
     """Seo et al., "Relaxed contrastive learning for federated learning", CVPR 2024.

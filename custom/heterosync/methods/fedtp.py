@@ -39,6 +39,9 @@ class FedTPSettings(SampleWeights):
     hyper_momentum: float = setting(0.9, "[C]", low=0.0, high=0.999)
     hyper_decay: float = setting(1e-3, "[C] weight decay of hyper-network and embeddings", low=0.0)
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.hyper_lr else dict.fromkeys(("hyper_momentum", "hyper_decay"), "hyper_lr above 0")
+
 
 class FedTP(Method):
     """Li H., Cai, Wang, Tang, Ding, Lin, Shi, "FedTP: federated learning by transformer personalization", IEEE TNNLS
@@ -54,8 +57,9 @@ class FedTP(Method):
 
     The ViT is the official one with larger patches [R], without pretrained weights: on fewer than 10 000 images it is
     weak. Officially a tenth of the sites takes part in a round, here all. Each site is tested with its own model;
-    unseen sites have no embedding, hence none. The mean of the q'_k, which takes their place in the stored global
-    state, is never used. The native recipe: of training, SGD at 0.01 with weight decay 1e-5 and batches of 64 [C].
+    unseen sites have no embedding, hence none; one that joins a chain of jobs gets a new one. The mean of the q'_k,
+    which takes their place in the stored global state, is never used. The native recipe: of training, SGD at 0.01 with
+    weight decay 1e-5 and batches of 64 [C].
 
     Sent: all tensors of the ViT, 8.0 MiB per round at 224 px (7.9 MiB at 32 px), in each direction; a site keeps
     nothing. The server sees which site has which q_k.
@@ -69,6 +73,8 @@ class FedTP(Method):
     citation = "Li H. et al., IEEE TNNLS 35, 2024, arXiv 2211.01572"
     leaves = ("W1: all tensors of the ViT, the site's own query, key and value matrices too", *COMMON_LEAVES)
     personal = True
+    unheeded = ("backbone",)
+    memory_by_site = True
     Settings = FedTPSettings
     settings: FedTPSettings
 

@@ -18,7 +18,7 @@ from heterosync.methods.paired import (
     paired_predict,
     paired_terms,
 )
-from heterosync.training import Batch
+from heterosync.training import Batch, Examples
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,5 @@ class HSL(Method):
     def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
         return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return paired_diagnostics(model, batch)
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        return paired_diagnostics(model, examples.sample())

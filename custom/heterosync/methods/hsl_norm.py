@@ -19,6 +19,7 @@ from heterosync.methods.paired import (
 )
 from heterosync.models.shared import NormedMMoE
 from heterosync.training import Batch, setting
+from heterosync.training.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -79,5 +80,5 @@ class HSLNorm(Anchored):
     def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
         return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return paired_diagnostics(model, batch)
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        return paired_diagnostics(model, examples.sample())

@@ -17,7 +17,7 @@ from heterosync.methods.paired import (
     paired_partner_rows,
     paired_predict,
 )
-from heterosync.training import Batch, TrainingSettings, setting
+from heterosync.training import Batch, Examples, TrainingSettings, setting
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ class Local(Method):
             return None
         return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return paired_diagnostics(model, batch)
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        return paired_diagnostics(model, examples.sample())

@@ -20,7 +20,7 @@ from heterosync.methods.paired import (
     paired_predict,
     unpaired_loss,
 )
-from heterosync.training import Batch, TrainingSettings, setting
+from heterosync.training import Batch, Examples, TrainingSettings, setting
 
 #: The tensor with the number of sites; 0 before the first fusion.
 SITES = "sites"
@@ -110,5 +110,5 @@ class Personalized(Method):
     def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
         return paired_partner_rows(self.settings, self.training, n_images, n_anchor) if self.uses_anchor else None
 
-    def diagnostics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        return paired_diagnostics(model, batch)
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        return paired_diagnostics(model, examples.sample())

@@ -34,6 +34,7 @@ class Swarm(Method):
     citation = "Warnat-Herresthal et al., Nature 594, 265 (2021), without its ledger"
     leaves = (
         "W1: all tensors of the classifier (weights, BatchNorm statistics and counters), to other sites only",
+        "the scalars of a round below: to the site that leads it, with the weights, and to the server",
         *COMMON_LEAVES,
     )
     topology = "swarm"

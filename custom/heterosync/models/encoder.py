@@ -85,7 +85,7 @@ def cached_imagenet_file() -> Path:
 
 
 def resolved_weights(weights: str, backbone: str = "resnet18") -> str:
-    """What the setting `weights` means on this machine: "none", "imagenet" or "file sha256:<first 12 digits>".
+    """What the setting `weights` means on this machine: "none", "imagenet" or "file sha256:<64 digits>".
 
     Raises `UserError` for weights that are not there.
     """
@@ -96,9 +96,9 @@ def resolved_weights(weights: str, backbone: str = "resnet18") -> str:
 
 
 def file_mark(path: Path) -> str:
-    """What is said of a file of weights at the check-in: "file sha256:<first 12 digits>"."""
+    """What is said of a file of weights at the check-in: "file sha256:<64 digits>"."""
     status = path.stat()
-    return f"file sha256:{_file_hash(path.resolve(), status.st_size, status.st_mtime_ns)[:12]}"
+    return f"file sha256:{_file_hash(path.resolve(), status.st_size, status.st_mtime_ns)}"
 
 
 def named_file(weights: str) -> Path:

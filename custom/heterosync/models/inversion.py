@@ -7,6 +7,7 @@ et al., AAAI 2022, whose data-free distillation FedPPKT federates.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -124,7 +125,10 @@ class MetaGenerator:
     def epoch(
         self, loss: Callable[[Tensor, Tensor], Tensor], rng: np.random.Generator
     ) -> tuple[Tensor, Tensor, list[float]]:
-        """The pictures of lowest loss (b, c, s, s), the labels (b,) that they were made for, and the losses by step."""
+        """The pictures of lowest loss (b, c, s, s), the labels (b,) that they were made for, and the losses by step.
+
+        Raises `UserError` where a loss or the generator's gradient is not finite; the generator is then as before.
+        """
         device = next(self._generator.parameters()).device
         drawn = rng.standard_normal((self._batch, *self._generator.latent), dtype=np.float32)
         latent = torch.from_numpy(drawn).to(device).requires_grad_()
@@ -141,15 +145,23 @@ class MetaGenerator:
                 images = self._augment(fast(latent), rng)
                 value = loss(images, labels)
                 gradients = torch.autograd.grad(value, wanted)
-                if not losses or value.item() < min(losses):
+                reached = value.item()
+                if not math.isfinite(reached):
+                    raise self._diverged("loss")
+                if not losses or reached < min(losses):
                     best = images.detach()
-                losses.append(value.item())
+                losses.append(reached)
                 for parameter, gradient in zip(wanted, gradients, strict=True):
                     parameter.grad = gradient
                 torch._foreach_add_(total, list(gradients[:-1]))
                 optimizer.step()
+        if not torch.isfinite(nn.utils.get_total_norm(total)):
+            raise self._diverged("gradient")
         for parameter, gradient in zip(self._generator.parameters(), total, strict=True):
             parameter.grad = gradient
         self._meta.step()
         self._meta.zero_grad(set_to_none=True)
         return best, labels, losses
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(f"the generator's {what} is not finite: lower fedppkt setting 'lr_g' ({self._rates[0]})")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 
+from heterosync import pulse
 from heterosync.models.encoder import FullLinear, build_encoder, features
 
 CLASSES = 2
@@ -132,6 +133,7 @@ def align(
         centres = class_means(transformer(prototypes), labels, classes)
     trace = []
     for _ in range(epochs):
+        pulse.beat()
         total = 0.0
         for rows in torch.randperm(len(prototypes), generator=generator).tensor_split(parts):
             mapped = transformer(prototypes[rows])

@@ -92,8 +92,10 @@ class LocalTrainer:
             before = self._last["moments"] if self._last is not None else None
             try:
                 record = {**self._train(round_, shared), "start": start, "moments_before": before}
-            except BaseException:
+            except BaseException as error:
                 self.model.load_state_dict(self._last["state"] if self._last else self._initial_model().state_dict())
+                if type(error) is UserError and not str(error).startswith("site "):  # a method does not know its site
+                    raise UserError(f"site {self.site}, round {round_}: {error}") from error
                 raise
         self._last = {**record, "method": self.method.name, "site": self.site, "request": request}
         self.save()
@@ -165,7 +167,7 @@ class LocalTrainer:
             "n_train": len(self.data.splits["train"]),
             "n_validation": len(self.data.splits["validation"]),
             "steps": sum(epoch["steps"] for epoch in epochs),
-            **method.diagnostics(self.model, self._examples.sample()),
+            **method.diagnostics(self.model, self._examples),
             "seconds": time.perf_counter() - start,
         }
         metrics = {name: float(value) for name, value in measured.items() if value is not None}
