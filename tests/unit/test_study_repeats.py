@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
+from sklearn.metrics import roc_auc_score
 
 from heterosync.study.evidence.outcomes import by_series, read_study
-from heterosync.study.evidence.repeats import LAST_ROUNDS, over_repeats, paired_test
+from heterosync.study.evidence.repeats import LAST_ROUNDS, over_repeats
+from heterosync.study.evidence.statistics import paired_test
 from heterosync.study.evidence.tables import repeats_csv
 from study_data import fake_study
 
@@ -33,37 +35,42 @@ def test_measures_of_a_repeat(study):
     each = [run.tests[site]["auc"] for site in ("a", "b")]  # as the run itself recorded them; "none" has no AUC
     assert of(study, "fedavg", "sites").values[2] == pytest.approx(np.mean(each))
     assert of(study, "fedavg", "worst").values[2] == pytest.approx(min(each))
-    assert list(of(study, "local", "unseen").values) == [0, 1, 2, 3]
     rounds = sorted({row[0] for row in run.history})
     last = [
         np.mean([value for round_, _, metric, value in run.history if (round_, metric) == (r, "val_auc_received")])
         for r in rounds[-LAST_ROUNDS:]
     ]
-    assert of(study, "fedavg", "wobble").values[2] == pytest.approx(np.std(last, ddof=1))
+    assert of(study, "fedavg", "fluctuation").values[2] == pytest.approx(np.std(last, ddof=1))
+
+
+def test_the_unseen_images_of_methods_with_a_model_per_site(study):
+    run = by_series(study)["hospitals", "all"]["local"][1]
+    each = [roc_auc_score(scores.labels, scores.scores) for scores in run.unseen.values()]
+    assert len(each) == 3 and of(study, "local", "unseen").values[1] == pytest.approx(np.mean(each))
 
 
 def test_the_paired_test_is_students(study):
     ours, theirs = of(study, "hsl", "sites"), of(study, "local", "sites")
-    assert (ours.paired, ours.difference, ours.p) == (0, None, None)  # not against itself
+    assert ours.test is None  # not against itself
     d = np.array([ours.values[r] - theirs.values[r] for r in range(4)])
     half = student.ppf(0.975, 3) * d.std(ddof=1) / 2
-    assert theirs.paired == 4 and theirs.difference == pytest.approx(d.mean())
-    assert (theirs.low, theirs.high) == (pytest.approx(d.mean() - half), pytest.approx(d.mean() + half))
-    assert theirs.p == pytest.approx(ttest_1samp(d, 0).pvalue)
-    assert (ours.mean, ours.sd) == (
-        pytest.approx(np.mean(list(ours.values.values()))),
-        pytest.approx(np.std(list(ours.values.values()), ddof=1)),
-    )
+    test = theirs.test
+    assert test.n == 4 and test.difference == pytest.approx(d.mean())
+    assert (test.low, test.high) == (pytest.approx(d.mean() - half), pytest.approx(d.mean() + half))
+    assert test.p == pytest.approx(ttest_1samp(d, 0).pvalue)
+    assert ours.sd == pytest.approx(np.std(list(ours.values.values()), ddof=1))
 
 
-def test_too_few_repeats_and_equal_differences():
-    assert paired_test({0: 0.8}, {0: 0.7}) == (1, None, None, None, None)
-    assert paired_test({0: 0.75, 1: 0.5}, {0: 0.5, 1: 0.25, 2: 0.9}) == (2, 0.25, None, None, None)
+def test_equal_differences_have_no_spread_to_test_by():
+    """0.8 - 0.7 and 0.7 - 0.6 differ in the last bit."""
+    ahead = paired_test([0.8, 0.7, 0.9], [0.7, 0.6, 0.8])
+    assert (ahead.t, ahead.p, ahead.low) == (np.inf, 0.0, ahead.difference)
+    assert (paired_test([0.6, 0.7], [0.7, 0.8]).t, paired_test([0.1, 0.2], [0.1, 0.2]).p) == (-np.inf, 1.0)
 
 
 def test_the_table_has_a_row_for_every_method_and_measure(study):
     rows = list(csv.DictReader(repeats_csv(over_repeats(study, "hsl"), "hsl").splitlines()))
     assert len(rows) == 12 and {row["reference"] for row in rows} == {"hsl"}
     row = next(row for row in rows if (row["label"], row["measure"]) == ("fedavg", "unseen"))
-    assert float(row["reference_minus_label"]) == pytest.approx(of(study, "fedavg", "unseen").difference)
+    assert float(row["reference_minus_label"]) == pytest.approx(of(study, "fedavg", "unseen").test.difference)
     assert not any("nan" in row.values() for row in rows)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import ttest_rel
 
 from heterosync.errors import UserError
 from heterosync.federation.modelfile import ModelFile
 from heterosync.files import make_folder
+from heterosync.study.evidence.statistics import PairedTest, paired_test
 from heterosync.study.table import ABSENT, mean, text_table
 from heterosync.training import SEGMENTATION
 from heterosync.training.checks import check_device
@@ -94,19 +93,9 @@ class SetScores:
     n_missed: int
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """Federated minus private Dice over `n` cases that both segmented: mean, t and two-sided p. t is infinite where all
-    cases differ by the same."""
-
-    n: int
-    difference: float
-    t: float
-    p: float
-
-
 def paired_tests(scores: Iterable[CaseDice], federated: str) -> dict[str, PairedTest]:
-    """Two-sided paired t-test of every other model against `federated`, over all cases of `scores`.
+    """Two-sided paired t-test of `federated` against every other model, over all cases of `scores`: the federated Dice
+    minus the other.
 
     Raises `UserError` where models were not scored on the same cases, at least two, each once.
     """
@@ -125,14 +114,8 @@ def paired_tests(scores: Iterable[CaseDice], federated: str) -> dict[str, Paired
                 f"models {model} and {federated} must be scored on the same cases, two or more, to be compared: "
                 f"{len(cases)} and {len(reference)} cases, {len(set(cases) & set(reference))} of them the same"
             )
-        ours = np.array([reference[key] for key in sorted(reference)])
-        theirs = np.array([cases[key] for key in sorted(reference)])
-        same = np.array_equal(ours, theirs)  # no spread and no difference: scipy's t is not a number
-        with np.errstate(divide="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            outcome = ttest_rel(ours, theirs)
-        t, p = (0.0, 1.0) if same else (float(outcome.statistic), float(outcome.pvalue))
-        found[model] = PairedTest(len(ours), float((ours - theirs).mean()), t, p)
+        ours, theirs = ([side[key] for key in sorted(reference)] for side in (reference, cases))
+        found[model] = paired_test(ours, theirs)
     return found
 
 

@@ -6,21 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import ttest_rel
 
 from heterosync.study.evidence.outcomes import Outcome, Study, by_series
-from heterosync.study.evidence.statistics import mean_sd, site_metrics
+from heterosync.study.evidence.statistics import PairedTest, mean_sd, paired_test, site_metrics
 from heterosync.study.layout import UNSEEN
 from heterosync.study.table import mean
 
-#: Rounds at the end of a training over which `wobble` is taken.
+#: Rounds at the end of a training over which `fluctuation` is taken.
 LAST_ROUNDS = 4
 #: The measures, and what a page calls them.
 MEASURES = {
     "sites": "mean of the sites",
     "worst": "worst site",
     UNSEEN: "unseen images",
-    "wobble": f"spread over the last {LAST_ROUNDS} rounds",
+    "fluctuation": f"fluctuation over the last {LAST_ROUNDS} rounds",
 }
 
 
@@ -29,10 +28,9 @@ class OverRepeats:
     """A method over its repeats, and the reference minus it over those that both have.
 
     sites, worst: mean and least test AUC over the sites where it is defined; unseen: AUC on the unseen images, for
-    methods with a model per site the mean over these; wobble: standard deviation over the last `LAST_ROUNDS` rounds of
-    the mean validation AUC of what the sites received. values: repeat -> measure; mean, sd (n - 1): over those.
-    difference, low, high, p: two-sided paired t-test over `paired` repeats with its 95 % interval, None below two and,
-    but for the difference, where all repeats differ by the same.
+    methods with a model per site the mean over these; fluctuation: standard deviation, over the last `LAST_ROUNDS`
+    rounds, of the mean validation AUC of what the sites received. values: repeat -> measure; mean, sd (n - 1): over
+    those; test: of the repeats that both have, None below two.
     """
 
     scenario: str
@@ -42,11 +40,7 @@ class OverRepeats:
     values: dict[int, float]
     mean: float | None
     sd: float | None
-    paired: int
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
+    test: PairedTest | None
 
 
 def over_repeats(study: Study, reference: str) -> list[OverRepeats]:
@@ -59,26 +53,10 @@ def over_repeats(study: Study, reference: str) -> list[OverRepeats]:
             for label, values in made.items():
                 other = made.get(reference, {}) if label != reference else {}
                 average, sd, _ = mean_sd(list(values.values()))
-                found.append(
-                    OverRepeats(scenario, level, label, measure, values, average, sd, *paired_test(other, values))
-                )
+                both = sorted(other.keys() & values.keys())
+                tested = paired_test(*([side[r] for r in both] for side in (other, values))) if len(both) > 1 else None
+                found.append(OverRepeats(scenario, level, label, measure, values, average, sd, tested))
     return found
-
-
-def paired_test(
-    ours: Mapping[int, float], theirs: Mapping[int, float]
-) -> tuple[int, float | None, float | None, float | None, float | None]:
-    """Repeats that both have; ours minus theirs, with the ends of its 95 % interval and its two-sided p."""
-    both = sorted(ours.keys() & theirs.keys())
-    if len(both) < 2:
-        return len(both), None, None, None, None
-    a, b = (np.array([side[repeat] for repeat in both]) for side in (ours, theirs))
-    difference = float((a - b).mean())
-    if np.ptp(a - b) == 0:  # t is not a number, or infinite
-        return len(both), difference, None, None, None
-    outcome = ttest_rel(a, b)
-    low, high = outcome.confidence_interval(0.95)
-    return len(both), difference, float(low), float(high), float(outcome.pvalue)
 
 
 def _each(outcomes: Mapping[int, Outcome], measure: str) -> dict[int, float]:
@@ -87,8 +65,8 @@ def _each(outcomes: Mapping[int, Outcome], measure: str) -> dict[int, float]:
 
 
 def _measure(outcome: Outcome, measure: str) -> float | None:
-    if measure == "wobble":
-        return _wobble(outcome)
+    if measure == "fluctuation":
+        return _fluctuation(outcome)
     of = outcome.unseen if measure == UNSEEN else outcome.scores
     known = [value for scores in of.values() if (value := site_metrics(scores)["auc"]) is not None]
     if measure == "worst":
@@ -96,7 +74,7 @@ def _measure(outcome: Outcome, measure: str) -> float | None:
     return mean(known)
 
 
-def _wobble(outcome: Outcome) -> float | None:
+def _fluctuation(outcome: Outcome) -> float | None:
     rounds: dict[int, list[float]] = {}
     for round_, _, metric, value in outcome.history:
         if metric == "val_auc_received":

@@ -14,9 +14,10 @@ and intervals over single cases are too narrow. `clusters` resamples whole image
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.stats import ttest_rel
 
 from heterosync.study.evidence.bootstrap import METRICS, RESAMPLES, Draws, Resampled, bootstrap
 from heterosync.training.metrics import THRESHOLD, binary_metrics
@@ -107,6 +108,35 @@ def mean_sd(values: Sequence[float | None]) -> tuple[float | None, float | None,
     known = [value for value in values if value is not None]
     mean = float(np.mean(known)) if known else None
     return mean, float(np.std(known, ddof=1)) if len(known) > 1 else None, len(known)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Mean of a - b over `n` pairs, Student's t, two-sided p, and the 95 % interval of the mean."""
+
+    n: int
+    difference: float
+    t: float
+    p: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values; t is None where it is infinite, which JSON has not."""
+        return asdict(self) | {"t": self.t if np.isfinite(self.t) else None}
+
+
+def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
+    """Two-sided paired t-test of two or more pairs. Where all differ by the same, but for rounding, there is no spread
+    to test by: t is infinite and p 0, and t is 0 and p 1 where they are equal."""
+    differences = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    n, mean = len(differences), float(differences.mean())
+    if np.ptp(differences) < 1e-12:
+        equal = abs(mean) < 1e-12
+        return PairedTest(n, mean, 0.0 if equal else float(np.copysign(np.inf, mean)), float(equal), mean, mean)
+    outcome = ttest_rel(a, b)
+    low, high = outcome.confidence_interval(1 - ALPHA)
+    return PairedTest(n, mean, float(outcome.statistic), float(outcome.pvalue), float(low), float(high))
 
 
 def pool(parts: Sequence[Scores]) -> Scores:

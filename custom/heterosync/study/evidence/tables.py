@@ -71,10 +71,10 @@ def comparisons_csv(comparisons: Comparisons) -> str:
 def repeats_csv(found: Sequence[OverRepeats], reference: str) -> str:
     """One row per method and measure; p values are not corrected for the number of rows."""
     header = ["scenario", "level", "label", "measure", "repeats", "mean", "sd", "reference", "paired"]
-    header += ["reference_minus_label", "ci_low", "ci_high", "p_uncorrected"]
+    header += ["reference_minus_label", "t", "p_uncorrected", "ci_low", "ci_high"]
     rows = [
         [one.scenario, one.level, one.label, one.measure, len(one.values), one.mean, one.sd, reference]
-        + [one.paired, one.difference, one.low, one.high, one.p]
+        + (list(astuple(one.test)) if one.test else [0, *[None] * 5])
         for one in found
     ]
     return csv_table(header, rows)

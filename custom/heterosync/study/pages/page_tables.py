@@ -166,12 +166,11 @@ def repeat_table(found: Sequence[OverRepeats]) -> str:
         spread = ABSENT if one.sd is None else f"{one.mean:.3f} ± {one.sd:.3f}"
         row = [one.scenario if one.level == NO_LEVEL else f"{one.scenario} {one.level}", MEASURES[one.measure]]
         row += [one.label, str(len(one.values)), spread]
-        if one.difference is None:
+        test = one.test
+        if test is None:
             row += [ABSENT, ABSENT]
-        elif one.low is None or one.p is None:
-            row += [f"{one.difference:+.3f}", ABSENT]
         else:
-            row += [f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f})", f"{one.p:.3f}"]
+            row += [f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})", f"{test.p:.3f}"]
         rows.append(row)
     header = ["scenario", "measure", "method", "repeats", "mean ± sd", "reference minus it (95 % interval)", "p"]
     return html.table(header, rows, names=3)

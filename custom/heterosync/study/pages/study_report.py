@@ -146,7 +146,7 @@ def study_dict(results: Results) -> dict[str, Any]:
         "reference": results.reference,
         "summaries": [asdict(one) for one in results.summaries],
         "comparisons": [asdict(one) for one in results.comparisons.pairs] if results.comparisons else [],
-        "over_repeats": [asdict(one) for one in results.repeats],
+        "over_repeats": [asdict(one) | {"test": one.test and one.test.to_dict()} for one in results.repeats],
         "pairs_tested": results.comparisons.tested() if results.comparisons else 0,
     }
 

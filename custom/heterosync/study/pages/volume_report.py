@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -123,8 +122,7 @@ def report_dict(results: VolumeResults) -> dict[str, Any]:
             for found in summarise_sets(one.scores, one.challenge)
         ],
         "tests": [
-            {"scenario": scenario, "repeat": repeat, "site": site, "model": model, **asdict(test)}
-            | {"t": test.t if math.isfinite(test.t) else None}  # JSON has no infinity
+            {"scenario": scenario, "repeat": repeat, "site": site, "model": model, **test.to_dict()}
             for (scenario, repeat), sets in results.tests.items()
             for site, models in sets.items()
             for model, test in models.items()
