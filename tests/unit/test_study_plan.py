@@ -17,6 +17,7 @@ from heterosync.study.running.plan import Plan, plan_of
 from heterosync.study.running.plan_file import preset_names, read_plan
 from toys import SMOKE, toy_images
 
+PLANS = sorted((Path(__file__).parents[2] / "docs" / "plans").glob("*.yaml"))
 BASE = {
     "methods": ["hsl", "fedavg"],
     "scenarios": [{"scenario": "synthetic", "scale": 0.1}],
@@ -45,6 +46,20 @@ def specs(plan: Plan) -> list:
 def test_presets_are_plans_whose_runs_have_different_names_and_digests(name):
     found = specs(read_plan(name))
     assert len(found) == len({spec.folder("out") for spec in found}) == len({spec.digest for spec in found}) > 4
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_plans_of_the_docs_can_be_read(path):
+    assert read_plan(path).name == path.stem
+
+
+@pytest.mark.parametrize("name", ["comparison", "busi-comparison"])
+def test_the_comparison_has_every_method_of_the_paper(name):
+    """Hu et al. 2025, Real-world validation and ablations, and swarm learning."""
+    classical = {"hsl", "no_sat", "no_al", "central", "local", "fedavg", "fedprox", "fedbn", "splitavg", "personalized"}
+    new = {"fedppkt", "fedktl", "fedtp", "adafedprox", "fedrcl", "fedcome", "feddps", "feddys", "clip", "swarm"}
+    plan = read_plan(next(path for path in PLANS if path.stem == name))
+    assert {entry.method for entry in plan.methods} == classical | new and len(plan.seeds) == 3
 
 
 def test_the_paper_preset_has_its_scenarios_levels_and_repeats():
