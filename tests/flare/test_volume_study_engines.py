@@ -22,7 +22,7 @@ def test_fine_tuned_submodels_are_the_same_under_both_engines(tmp_path: Path, mo
     engines = {"flare": Simulator(), "inprocess": InProcess()}
     found = {}
     for engine in engines:
-        tuned = {"method": "prostate_finetune", "training": {"weights": {"from": "prostate_ahnet"}}}
+        tuned = {"method": "prostate_finetune", "training": {"weights": {"from": "prostate_ahnet"}, "rounds": 1}}
         _, out = laid_out(tmp_path / engine, engine=engine, methods=["prostate_ahnet", tuned])
         play(out, "sites/all/r0/prostate_ahnet-fold2", {engine: InProcess()}, lambda line: None)
         done = play(out, "sites/all/r0/prostate_finetune-fold2", engines, lambda line: None)

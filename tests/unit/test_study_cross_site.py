@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from scipy import stats
 
 from heterosync.errors import UserError
 from heterosync.federation.modelfile import load_model
+from heterosync.methods import make_method
+from heterosync.study.ensemble import build_alike
 from heterosync.study.evidence.cross_site import (
     PUBLISHED,
     CaseDice,
@@ -70,10 +73,21 @@ def test_an_ensemble_sees_volumes_in_one_way(name: str, value: object, tmp_path:
         load_model(toy_segmenter(tmp_path / "a.pt")),
         load_model(toy_segmenter(tmp_path / "b.pt", **{name: value})),
     ]
-    with pytest.raises(UserError, match=f"model x: its files differ in {name}: average"):
+    with pytest.raises(UserError, match=f"b.pt has another {name} than .*a.pt: average"):
         score_ensemble("x", files, {"north": tmp_path / "north"})
     with pytest.raises(UserError, match=f"b.pt has another {name} than .*a.pt"):
         open_segmenter(files)
+
+
+def test_an_ensemble_has_one_network() -> None:
+    def file(path: str, network: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            path=path, build=lambda: (make_method("prostate_ahnet", None, {"network": network}), None)
+        )
+
+    assert len(build_alike([file("a.pt", "ahnet"), file("b.pt", "ahnet")])) == 2
+    with pytest.raises(UserError, match=r"b.pt has another network than a.pt: average models trained alike"):
+        build_alike([file("a.pt", "ahnet"), file("b.pt", "unet_tiny")])
 
 
 @pytest.mark.parametrize(

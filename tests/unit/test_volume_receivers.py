@@ -63,7 +63,7 @@ def test_a_site_with_a_single_held_out_case_is_no_receiver(tmp_path: Path) -> No
     told: list[str] = []
     report = SiteTrainer("a", folder, "prostate_ahnet", None, TRAINING, tmp_path / "w", told.append).check_in()
     assert receivers({"a": report}) == [] and "monai" in report["versions"]
-    few = "site a: {} has 1 volumes: their score, which leaves the site, is that of single patients: use 3 or more"
+    few = "site a: {} has 1 volume: its score, which leaves the site, is that of single patients: use 3 or more"
     assert told[1:] == [few.format("validation"), few.format("test")]
     told.clear()
     SiteTrainer(

@@ -166,7 +166,7 @@ def test_an_ensemble_needs_all_its_folds(study: Path, tmp_path: Path) -> None:
     assert states["sites/all/r0/prostate_ahnet-ensemble"] == "failed" and list(states.values()).count("done") == 4
 
 
-TUNED = {"method": "prostate_finetune", "training": {"weights": {"from": "prostate_ahnet"}, "lr": 1e-3}}
+TUNED = {"method": "prostate_finetune", "training": {"weights": {"from": "prostate_ahnet"}, "lr": 1e-3, "rounds": 1}}
 
 
 def test_a_site_fine_tunes_the_federated_model_of_the_same_fold(tmp_path: Path) -> None:
@@ -441,6 +441,7 @@ def test_the_papers_experiments_are_a_preset() -> None:
     assert len(small) == 3 * (5 + 1)
     tuned = small["phantoms/all/r0/prostate_finetune-fold4"].settings
     assert tuned["from"] == "phantoms/all/r0/prostate_ahnet-fold4" and tuned["training"]["lr"] == 1e-3
+    assert tuned["training"]["rounds"] == 5 and tuned["training"]["batch_size"] == 4  # its own, and the plan's
     assert len(specs) == 2 * (5 + 1) and {spec.settings["training"]["fold"] for spec in specs} == {1, 2, 3, 4, 5}
     assert specs[0].settings["training"]["seed"] == specs[3].settings["training"]["seed"] == 0
 
@@ -508,6 +509,20 @@ def folds_exchanged(path: Path) -> None:
     path.write_text("\n".join(",".join([*row[:2], {"1": "2", "2": "1"}.get(row[2], row[2])]) for row in rows) + "\n")
 
 
+def test_a_fine_tuning_takes_over_neither_the_rate_nor_the_rounds_of_the_plan(tmp_path: Path) -> None:
+    own = {"method": "prostate_finetune", "variant": "own", "training": {**TUNED["training"], "rounds": 7}}
+    plain = {"method": "prostate_finetune", "training": {"weights": {"from": "prostate_ahnet"}}}
+    later = {"method": "prostate_ahnet", "variant": "later", "training": {"weights": {"from": "prostate_ahnet"}}}
+    plan = read_plan(volume_plan(tmp_path, methods=["prostate_ahnet", plain, own, later]))
+    made = {entry.label: entry.made(plan.training_of(entry, 0, 1)).training for entry in plan.methods}
+    assert {label: (one.lr, one.rounds, one.crops) for label, one in made.items()} == {
+        "prostate_ahnet": (1e-2, 1, 4),
+        "prostate_finetune": (1e-5, 300, 4),
+        "prostate_finetune-own": (1e-3, 7, 4),
+        "prostate_ahnet-later": (1e-2, 1, 4),  # a federation, if with a beginning
+    }
+
+
 PHANTOMS = {"kind": "phantoms", "cases": 10}
 
 
@@ -532,6 +547,22 @@ PHANTOMS = {"kind": "phantoms", "cases": 10}
                 ]
             },
             "method prostate_finetune: it has another network than prostate_ahnet",
+        ),
+        (
+            {"methods": [{**TUNED, "training": {**TUNED["training"], "spacing": 3.0}}, "prostate_ahnet"]},
+            "method prostate_finetune: it has another spacing than prostate_ahnet",
+        ),
+        (
+            {"methods": [TUNED, {"method": "prostate_ahnet", "training": {"interpolation": "spline"}}]},
+            "method prostate_finetune: it has another interpolation than prostate_ahnet",
+        ),
+        (
+            {"methods": [{**TUNED, "training": {"weights": {"fram": "X"}}}, "prostate_ahnet"]},
+            r"prostate_finetune: weights is {'fram': 'X'}: write a file, or {from: LABEL} in a method's own training$",
+        ),
+        (
+            {"training": {"weights": {"from": "prostate_ahnet"}}},
+            r"plan.yaml: training: weights is {'from': 'prostate_ahnet'}: write a file, or {from: LABEL} in a method's",
         ),
         ({"methods": ["fedavg"]}, "method fedavg learns classification, and the plan's task is segmentation"),
         ({"task": "segmentaton"}, "task is 'segmentaton': did you mean 'segmentation'"),

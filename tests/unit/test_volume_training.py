@@ -256,6 +256,33 @@ def test_a_patch_that_is_shown_smaller_sees_what_lies_around_it_once():
         assert ndimage.label(found[0].numpy())[1] == 1
 
 
+def test_what_lies_beyond_the_volume_is_transformed_as_the_volume() -> None:
+    """Else a frame would tell where the volume ends: darker or brighter, or without noise."""
+    image, mask = np.zeros((2, 1, 24, 24, 24), np.float32)
+    image[0, 12:14, 12:14, 12] = [[-1.0, 3.0], [-1.0, 3.0]]  # the range of values that gamma acts on
+    mask[0, 20, 20, 20] = 1
+    patches = Patches([SimpleNamespace(image=image, mask=mask)], (24, 24, 24), 0.5)
+
+    def seen(chosen: dict) -> torch.Tensor:
+        stack = Stack(Draw(chosen, 0), (24, 24, 24))
+        return stack.apply(*patches.draw(0, stream("z"), stack.margin))[0]
+
+    changes = {"brightness": (0.05,), "contrast": (2.0,), "perturb": (0.1, -0.1)}
+    zero = ((0.05 + 0.95) / 4) ** 2 * 4 - 0.95  # of -0.95 to 3.05
+    for names, expected in ((("brightness",), 0.05), (("brightness", "contrast"), zero), (changes, zero * 1.1 - 0.1)):
+        found = seen({name: changes[name] for name in names} | {"scaling": (0.4,)})  # 14 of 24 voxels lie beyond
+        around = torch.ones_like(found, dtype=torch.bool)
+        around[:, 9:15, 9:15, 9:15] = False
+        assert torch.allclose(found[around], torch.tensor(expected), atol=1e-5)
+        assert not torch.allclose(found, torch.tensor(expected), atol=0.1)  # the bright voxels are seen
+    noisy = seen({"noise": (1.0,), "scaling": (0.4,)})
+    assert noisy[:, 8:16, 8:16, 8:16].std() / noisy[:, :6].std() == pytest.approx(1, abs=0.15)
+    image[:] = 0
+    for spatial in ("scaling", "rotation", "deformation"):
+        found = seen({**changes, spatial: tuple(low for low, _ in RANGES[spatial])})
+        assert torch.allclose(found, torch.full_like(found, 0.05 * 1.1 - 0.1), atol=1e-5), spatial
+
+
 # -- patches -----------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +296,8 @@ def test_patches_follow_the_ratio_and_pad_small_volumes():
     assert image.shape == mask.shape == (1, 32, 16, 32)
     assert not image[0, :4].any() and not image[0, 28:].any() and image[0, 4:28].any()  # 24 of 32 voxels along x
     whole = Patches(data.cases, (24, 22, 18), 0.5).draw(0, stream("z"))
-    assert all(map(torch.equal, whole, Patches(data.cases, (24, 22, 18), 0.5).draw(0, stream("z"), (9, 9, 9))))
+    for part, beyond in zip(whole, Patches(data.cases, (24, 22, 18), 0.5).draw(0, stream("z"), (9, 9, 9)), strict=True):
+        assert torch.equal(beyond, torch.nn.functional.pad(part, (9,) * 6))
     assert torch.equal(whole[0], data.cases[0].image) and torch.equal(whole[1], data.cases[0].mask.float())
 
 

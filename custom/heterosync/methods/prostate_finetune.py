@@ -28,7 +28,7 @@ class FinetuneSettings(Settings):
 
 @dataclass(frozen=True)
 class FinetuneTraining(VolumeSettings):
-    lr: float = setting(1e-5, "[R] a tenth of the federation's: small, as [M] advises", low=1e-12)
+    lr: float = setting(1e-5, "[R] a tenth of the default 1e-4: small, as [M] advises", low=1e-12)
 
 
 class ProstateFinetune(Method):
@@ -43,8 +43,8 @@ class ProstateFinetune(Method):
     No volume of another site is needed. The paper adds an output for a new task; here the task stays and the scanner
     changes, so that both terms see the same output [R]. The received model's outputs are those of the augmented patch.
 
-    The setting `weights` of the training names the received model's file (a best_model.pt). The learning rate is a
-    tenth of the federation's [R]: the paper's advice is a small one.
+    The setting `weights` of the training names the received model's file (a best_model.pt). The learning rate is
+    1e-5, a tenth of the default 1e-4 [R]: the paper's advice is a small one.
     Sent: no tensor.
 
     Degenerates: with distillation = 0 into `prostate_private` from the received model, plain fine-tuning.

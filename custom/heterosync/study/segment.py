@@ -17,14 +17,13 @@ from heterosync.errors import UserError
 from heterosync.federation.modelfile import ModelFile
 from heterosync.files import new_folder, write_text
 from heterosync.methods.base import Method
+from heterosync.study.ensemble import build_alike
 from heterosync.study.figures.overlay import overlays
 from heterosync.study.predict import open_device
 from heterosync.study.table import csv_table
-from heterosync.training import SEGMENTATION
 from heterosync.training.dice import THRESHOLD, CaseScore, score_case, summarise
 from heterosync.training.segmentation import probability_map
 from heterosync.training.views import View, axial_view
-from heterosync.training.volume_settings import ALIKE
 
 SUFFIX = ".nii.gz"
 MASKS, PROBABILITIES, TABLE, OVERLAYS = "masks", "probabilities", "cases.csv", "overlays"
@@ -55,18 +54,9 @@ class Segmenter:
 
 
 def open_segmenter(files: Sequence[ModelFile], device: str = "cpu") -> Segmenter:
-    """Raises `UserError` for models that do not segment volumes, or that see them otherwise than the first."""
-    place, built = open_device(device), [file.build() for file in files]
-    first = built[0][0]
-    for file, (method, _) in zip(files, built, strict=True):
-        if method.task is not SEGMENTATION:
-            raise UserError(f"model file {file.path}: method '{method.name}' does not segment volumes: leave it out")
-        for name in ALIKE:
-            if getattr(method.training, name) != getattr(first.training, name):
-                raise UserError(
-                    f"model file {file.path} has another {name} than {files[0].path}: average models trained alike"
-                )
-    return Segmenter(first, [network.to(place) for _, network in built], place)
+    """Raises `UserError` as `build_alike`, and for a device that is not there."""
+    place, built = open_device(device), build_alike(files)
+    return Segmenter(built[0][0], [network.to(place) for _, network in built], place)
 
 
 @dataclass(frozen=True)

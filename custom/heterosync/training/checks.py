@@ -50,8 +50,8 @@ def few_scored(site: str, data: LocalData, items: str) -> list[str]:
     """A warning for each split whose mean score, which leaves the site, tells of single patients."""
     counts = {split: len(data.splits.get(split, ())) for split in ("validation", "test")}
     return [
-        f"site {site}: {split} has {count} {items}: their score, which leaves the site, is that of single patients: "
-        f"use {FEW} or more"
+        f"site {site}: {split} has {count} {items if count > 1 else items.removesuffix('s')}: "
+        f"its score, which leaves the site, is that of single patients: use {FEW} or more"
         for split, count in counts.items()
         if 0 < count < FEW
     ]

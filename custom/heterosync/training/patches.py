@@ -47,8 +47,7 @@ class Patches:
         """Image and mask, float32 (1, *patch). A patch keeps within the volume; where that is smaller, the image is
         padded with its mean, zero, and the mask with background, evenly on both sides.
 
-        margin: voxels that are seen beyond the patch, likewise on both sides and padded where only one has them; less
-        where the volume ends on both."""
+        margin: voxels that are seen beyond the patch on both sides, padded likewise."""
         volume = self._cases[row]
         whole, organ = np.asarray(volume.image), np.asarray(volume.mask)
         inside, padding = [slice(None)], [(0, 0)]
@@ -56,7 +55,6 @@ class Patches:
         for middle, side, length, beyond in zip(centre, self._patch, organ.shape[1:], margin, strict=True):
             lacking = max(0, side - length)
             first = int(np.clip(middle - side // 2, 0, max(0, length - side))) - lacking // 2
-            beyond = min(beyond, max(0, first, length - first - side))
             start, stop = first - beyond, first + side + beyond
             inside.append(slice(max(0, start), min(length, stop)))
             padding.append((max(0, -start), max(0, stop - length)))

@@ -66,8 +66,9 @@ class Stack:
         self.margin = (0, 0, 0) if self._grid is None else self._beyond(self._grid)
 
     def apply(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and mask, float32 (1, x, y, z) around the middle of the patch -> both of the patch's size; the mask
-        stays one of 0 and 1. What lies beyond what is given is taken as 0, the volume's mean, and as background."""
+        """Image and mask, float32 (1, x, y, z), of the patch with its margin -> both of the patch's size; the mask
+        stays one of 0 and 1. Padding is part of the image: it becomes brighter, darker and as noisy as the rest, or it
+        would stand out as a frame."""
         from monai.transforms import AdjustContrast, GaussianSharpen, GaussianSmooth, Resample
 
         chosen = self._chosen

@@ -8,8 +8,8 @@ from heterosync.errors import UserError
 from heterosync.models.ahnet import NETWORKS, patch_problem
 from heterosync.training.settings import LoopSettings, setting
 
-#: Settings in which the models of an ensemble must not differ: how they see a volume.
-ALIKE = ("spacing", "interpolation", "patch", "overlap")
+#: Settings in which the models of an ensemble must not differ: the network, and how it sees a volume.
+ALIKE = ("network", "spacing", "interpolation", "patch", "overlap")
 
 
 @dataclass(frozen=True)

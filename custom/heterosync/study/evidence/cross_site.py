@@ -11,12 +11,12 @@ import numpy as np
 from heterosync.errors import UserError
 from heterosync.federation.modelfile import ModelFile
 from heterosync.files import make_folder
+from heterosync.study.ensemble import build_alike
 from heterosync.study.evidence.statistics import PairedTest, paired_test
 from heterosync.study.table import ABSENT, mean, text_table
 from heterosync.training import SEGMENTATION
 from heterosync.training.checks import check_device
 from heterosync.training.segmentation import VolumeExamples
-from heterosync.training.volume_settings import ALIKE
 
 #: Printed mean and standard deviation of Dice: model -> test set (Tables 3 and 4; ProstateX is the challenge set).
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
@@ -213,21 +213,14 @@ def score_ensemble(
     """Dice of each case of `split` at each site, for the mean of the probabilities of `files` (one for each fold).
 
     keep: a folder that gets what the task keeps of each case to look at, in a folder for each site.
-    Raises `UserError` for models that do not segment volumes, or that see them at other settings than the first.
+    Raises `UserError` as `build_alike`.
     """
     import torch
 
     if not files:
         raise UserError(f"model {model}: an ensemble needs at least one model file")
-    place, built = torch.device(device), [file.build() for file in files]
+    place, built = torch.device(device), build_alike(files)
     method = built[0][0]
-    for other, _ in built:
-        if other.task is not SEGMENTATION:
-            raise UserError(f"model {model}: method '{other.name}' does not segment volumes: leave its file out")
-        names = (*ALIKE, "network")
-        unlike = [name for name in names if getattr(other.training, name) != getattr(method.training, name)]
-        if unlike:
-            raise UserError(f"model {model}: its files differ in {unlike[0]}: average models trained alike")
     found = []
     for site, folder in sorted(sites.items()):
         check_device(site, place)

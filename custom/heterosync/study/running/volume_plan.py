@@ -12,6 +12,7 @@ from heterosync.data.scenario_tables import UNSEEN
 from heterosync.data.volume_folds import sizes
 from heterosync.errors import UserError, nearest
 from heterosync.federation.wire import is_site_name
+from heterosync.methods import get_method
 from heterosync.study.running.plan import PRECISION, SYNTHETIC, MethodEntry, of_another_task
 from heterosync.training import SEGMENTATION
 
@@ -24,6 +25,10 @@ FOLD, ENSEMBLE = "fold", "ensemble"
 #: In a plan, `weights: {from: LABEL}` is the best model of the method LABEL in the same fold; in the settings of a run
 #: it is the path of the run that makes it.
 FROM = "from"
+#: Of the plan's training settings, those that a method which goes on from a trained model does not take over.
+BEGINNERS = ("lr", "rounds")
+#: Settings that a model has in common with the one that it goes on from.
+SHARED = ("network", "psp_blocks", "spacing", "interpolation")
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,10 @@ class VolumePlan:
 
     def training_of(self, entry: MethodEntry, seed: int, fold: int) -> dict[str, Any]:
         """The training settings of a submodel; of all submodels but for its fold. A model that is yet to be trained is
-        no part of them."""
-        values = {"precision": PRECISION, **self.training, **entry.training, "seed": seed, "fold": fold}
+        no part of them; a method that goes on from one has a rate and rounds of its own, whatever the plan's are."""
+        unfit = BEGINNERS if get_method(entry.method).goes_on else ()
+        common = {name: value for name, value in self.training.items() if name not in unfit}
+        values = {"precision": PRECISION, **common, **entry.training, "seed": seed, "fold": fold}
         return {name: value for name, value in values.items() if name != "weights" or not source_of(entry)}
 
     def contradictions(self) -> list[str]:
@@ -76,12 +83,17 @@ class VolumePlan:
         labels = [entry.label for entry in self.methods]
         twice = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
         problems += [f"method '{label}' is there twice: give one of them a variant: …" for label in twice]
-        of_methods = [(f"method {entry.label}", entry.training) for entry in self.methods]
-        for where, training in [("training", self.training), *of_methods]:
-            if "seed" in training:
+        common = MethodEntry("training", training=self.training)
+        for entry in (common, *self.methods):
+            where = "training" if entry is common else f"method {entry.label}"
+            weights = entry.training.get("weights", "")
+            if "seed" in entry.training:
                 problems.append(f"{where}: the seed of a run is that of its repeat: leave out seed, or set seeds")
-            if "fold" in training:
+            if "fold" in entry.training:
                 problems.append(f"{where}: a plan runs every fold: leave out fold, or set folds")
+            if not isinstance(weights, str) and (entry is common or source_of(entry) is None):
+                line = "write a file, or {from: LABEL} in a method's own training"
+                problems.append(f"{where}: weights is {weights!r}: {line}")
         problems += self._of_sites()
         if not problems:
             for entry in self.methods:
@@ -96,7 +108,7 @@ class VolumePlan:
         validate in most of them."""
         name, where, known = source_of(entry), f"method {entry.label}", {one.label: one for one in self.methods}
         if name is None:
-            if not entry.made({}).goes_on:
+            if not get_method(entry.method).goes_on:
                 return []
             line = "it goes on from a model, and each fold needs the one that was trained without its validation cases"
             return [f"{where}: {line}: write training: {{weights: {{from: LABEL}}}}, LABEL a method of this plan"]
@@ -106,7 +118,7 @@ class VolumePlan:
         if source_of(source) or not source.made({}).one_model:
             return [f"{where}: weights from '{name}': take a method with one model for all sites, of its own beginning"]
         mine, other = (one.made(self.training_of(one, 0, 1)).training for one in (entry, source))
-        unlike = [key for key in ("network", "psp_blocks") if getattr(mine, key) != getattr(other, key)]
+        unlike = [key for key in SHARED if getattr(mine, key) != getattr(other, key)]
         return [f"{where}: it has another {key} than {name}, whose model it goes on from" for key in unlike]
 
     def _of_sites(self) -> list[str]:
