@@ -19,6 +19,10 @@ class UserError(HeteroSyncError):
     """A mistake that the user can mend; `str(error)` is one line."""
 
 
+class SiteError(UserError):
+    """A mistake at one site, which the text names: whoever catches it needs not say where it was."""
+
+
 class ProblemList(UserError):
     """Several mistakes found at once; `problems` holds one line each, `str(error)` joins them with line ends."""
 

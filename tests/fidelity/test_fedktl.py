@@ -16,7 +16,7 @@ from heterosync.federation.contribution import Contribution
 from heterosync.federation.initial import initial_state
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
-from heterosync.federation.server import Server
+from heterosync.federation.server import Server, memory_of
 from heterosync.federation.wire import Blocked, WirePolicy, audit_lines
 from heterosync.methods import bytes_per_round, make_method, traffic
 from heterosync.methods.answer import Answer
@@ -33,7 +33,7 @@ from heterosync.training import Batch
 from method_toys import last, own, same
 from toys import SMALL, SMOKE, toy_site
 
-ALONE = {"server_epochs": SMALL["fedktl"]["server_epochs"], "mu": 0.0}
+ALONE = {"mu": 0.0}
 
 
 def made(**changes):
@@ -152,7 +152,7 @@ def test_without_mu_a_site_learns_nothing_of_the_others(two, smoke_run, tmp_path
     other = {**two, "site-b": toy_site(tmp_path / "b", (10, 10), seed=9, signal=60)}
     here, there = (own(smoke_run("fedktl", ALONE, sites)) for sites in (two, other))
     assert same(here, there, "net.") and torch.equal(here["proto"], there["proto"])
-    assert not torch.equal(here["lat"], there["lat"])  # they are sent, and not used
+    assert not here["img_class"].any() and not there["img_class"].any()  # no pairs are made, let alone used
     alone = run_inprocess("fedktl", {"site-a": two["site-a"]}, tmp_path / "out", ALONE, SMOKE, min_sites=1)
     assert same(own(alone), here, "net.")
     here, there = (own(smoke_run("fedktl", SMALL["fedktl"], sites)) for sites in (two, other))
@@ -261,6 +261,33 @@ def test_all_sites_render_the_same_pairs(smoke_run):
     assert int(own(smoke_run("fedktl", ALONE))["fitted"]) == 0  # nobody looks at pairs
 
 
+def test_a_killed_run_goes_on_to_the_same_end(two, smoke_run, tmp_path):
+    def kill(event: dict) -> None:
+        if event["event"] == "site" and event["round"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_inprocess("fedktl", two, tmp_path, SMALL["fedktl"], SMOKE, progress=kill)
+    again, whole = run_inprocess("fedktl", two, tmp_path, SMALL["fedktl"], SMOKE), smoke_run("fedktl", SMALL["fedktl"])
+    assert again.metrics == whole.metrics and again.state_hash == whole.state_hash
+    assert all(same(own(again, site), own(whole, site), "") for site in two)
+    ours, theirs = (memory_of(load_model(run.folder / "last_model.pt").assets) for run in (again, whole))
+    assert ours.keys() == theirs.keys() and same(ours, theirs, "") and int(ours["round"]) == 2
+
+
+def test_a_restored_site_keeps_its_generator(tmp_path, monkeypatch):
+    options = {"method_settings": SMALL["fedktl"], "rounds": 2}
+    straight = trainer("fedktl", **options)
+    pairs = {**initial_state(straight.method), "lat": torch.randn(2, 64), "img_class": torch.ones(2, dtype=torch.int64)}
+    states = [straight.train_round(round_, pairs).state for round_ in range(2)]
+    trainer("fedktl", **options, work=tmp_path).train_round(0, pairs)
+    monkeypatch.setattr("heterosync.methods.fedktl.fit_stand_in", lambda *_: pytest.fail("it is fitted already"))
+    again = trainer("fedktl", **options, work=tmp_path)
+    assert again.restore() == 0 and same(again.model.state_dict(), states[0], "") and again.model.fitted
+    assert same(again.train_round(1, pairs).state, states[1], "") and not same(states[0], states[1], "net.")
+    assert same(states[1], states[0], "generator.")
+
+
 def test_the_fallback_needs_the_alliances_anchor_set(two, tmp_path):
     bare = {name: toy_site(tmp_path / name, (10, 10), seed=i, anchor=False) for i, name in enumerate(two)}
     with pytest.raises(UserError, match="anchor: the folder is missing"):
@@ -347,5 +374,14 @@ def test_what_is_wrong_with_a_generator_is_told_before_any_training(two, tmp_pat
     refused({"generator": "folder/toy.pt2"}, r"or the name \(no folder\) of a torch.export file")
     refused({"generator": "falback"}, "fedktl setting 'generator' is 'falback': fallback, or the name")
     refused({"fit_steps": 3}, "fedktl setting 'fit_steps' counts only with generator=fallback")
-    with pytest.raises(UserError, match="fedktl setting 'fit_steps' counts only with mu above 0"):
-        make_method("fedktl", {"mu": 0.0, "fit_steps": 3}, SMOKE)
+    idle = {
+        "generator": "toy.pt2",
+        "lambda_": 1,
+        "server_epochs": 3,
+        "server_lr": 0.1,
+        "server_batch": 9,
+        "fit_steps": 3,
+    }
+    for name, value in idle.items():
+        with pytest.raises(UserError, match=f"fedktl setting '{name}' counts only with mu above 0"):
+            make_method("fedktl", {"mu": 0.0, name: value}, SMOKE)

@@ -216,10 +216,19 @@ def test_sites_join_and_leave_between_the_jobs_of_a_training():
     assert not server.memory[MOMENTUM + EMBEDDING + "site-b"].any()
     sent = {site: server.for_site(site, state) for site in SITES}
     assert not same(sent["site-a"], sent["site-b"], QKV[0])
+
+
+@pytest.mark.parametrize("site", ["site-b", "weight"])  # the second is the end of other names too
+def test_what_the_server_remembers_is_of_known_sites_in_known_shapes(site):
+    method, sites = made(), ("site-a", site)
+    state, before = initial_state(method), method.server_memory(("site-a",))
+    assert Server(method, state, before, sites=sites).memory.keys() == method.server_memory(sites).keys()
     lacking = {name: value for name, value in before.items() if name != HYPER + "body.0.weight"}
-    for damaged in (lacking, {**before, "other": torch.zeros(1)}, {**before, EMBEDDING + "site-a": torch.zeros(3)}):
-        with pytest.raises(UserError, match="does not fit the sites site-a, site-b: begin a new training"):
-            Server(method, state, damaged, sites=SITES)
+    unknown = [{**before, name: torch.zeros(1)} for name in ("other", "other.site-a", EMBEDDING + "no site")]
+    short = [{**before, EMBEDDING + name: torch.zeros(3)} for name in ("site-a", "site-c", site)]
+    for damaged in (lacking, *unknown, *short):
+        with pytest.raises(UserError, match=f"does not fit the sites site-a, {site}: begin a new training"):
+            Server(method, state, damaged, sites=sites)
 
 
 # -- whose model -------------------------------------------------------------------------------------------------------

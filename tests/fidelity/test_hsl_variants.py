@@ -124,6 +124,18 @@ def test_the_mixtures_settings_count_with_the_mixture() -> None:
         make_method("hsl_shared", {"heads": "linear", "drop_tower": 0.1})
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_schedule_counts_with_a_weight(name: str) -> None:
+    with pytest.raises(UserError, match="'anchor_schedule' counts only with anchor_weight above 0"):
+        make_method(name, {"anchor_weight": 0.0, "anchor_schedule": "rising"})
+
+
+@pytest.mark.parametrize("own", [{"distill_on": "logits"}, {"distill_temperature": 3.0}])
+def test_what_is_distilled_counts_with_a_weight(own: dict) -> None:
+    with pytest.raises(UserError, match=f"'{next(iter(own))}' counts only with distill_weight above 0"):
+        make_method("hsl_distill", {"distill_weight": 0.0, **own})
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch
 from heterosync.federation.checkin import versions
 from heterosync.federation.wire import (
     CHECK_IN,
+    COUPLING,
     METRICS,
     Blocked,
     WirePolicy,
@@ -76,6 +77,22 @@ def test_scalars_of_single_methods_leave_under_those_alone() -> None:
     for method, name in (("feddys", "label_entropy"), ("adafedprox", "label_balance"), ("fedavg", "val_accuracy")):
         with pytest.raises(Blocked, match=f"method {method}: .*metric '{name}' is not one that this method reports"):
             WirePolicy(method, {}).check({}, {"train_loss": 0.1, name: 0.5})
+
+
+def test_scores_leave_under_their_task_and_the_coupling_where_two_tasks_may_be() -> None:
+    coupling = dict.fromkeys(COUPLING, 0.5)
+    pictures = {"val_auc_best": 0.9, "auc": 0.9, "n_positive": 3, "ci_low": 0.8, "n": 9}
+    volumes = {"val_dice_best": 0.9, "dice": 0.9, "hd95": 3.0, "n_missed": 0, "ci_low": 0.8, "n": 9}
+    for method in ("hsl", "hsl_norm", "hsl_shared", "hsl_distill", "personalized", "local"):
+        WirePolicy(method, {}).check({}, {**pictures, **coupling})
+    WirePolicy("fedavg", {}).check({}, pictures)
+    WirePolicy("prostate_ahnet", {}).check({}, volumes)
+    refused = {"fedavg": coupling.keys() | volumes.keys() - pictures.keys(), "no_sat": coupling.keys()}
+    refused["prostate_ahnet"] = coupling.keys() | pictures.keys() - volumes.keys()
+    for method, names in refused.items():
+        for name in names:
+            with pytest.raises(Blocked, match=f"metric '{name}' is not one that this method reports"):
+                WirePolicy(method, {}).check({}, {"train_loss": 0.1, name: 0.5})
 
 
 def test_local_learning_may_send_no_tensor() -> None:

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from core_toys import settings, toy_data, toy_set, trainer
-from heterosync.errors import UserError
+from heterosync.errors import SiteError, UserError
 from heterosync.methods import make_method
 from heterosync.training import LocalTrainer
 from heterosync.training.augment import augment, draw_augmentation
@@ -310,6 +310,20 @@ def test_received_model_is_checked():
     other = mine.evaluate("test", good)
     assert not np.allclose(other.probabilities, before)
     assert (mine.evaluate("test").probabilities == before).all()  # a look at another model leaves the own one
+
+
+def test_what_a_method_refuses_is_told_with_site_and_round_once():
+    mine = trainer("local", site="clinic")
+
+    def refuse(model, received, examples):
+        raise UserError("site plans are needed")  # of no site, for all its first word
+
+    mine.method.round_start = refuse
+    with pytest.raises(SiteError, match="^site clinic, round 0: site plans are needed$"):
+        mine.train_round(0)
+    mine.data.splits["train"] = mine.data.splits["train"][:1]
+    with pytest.raises(SiteError, match="^site clinic: the train split has fewer than 2 images"):
+        mine.train_round(0)
 
 
 def test_a_round_starts_from_the_received_state():  # nothing is re-initialised

@@ -43,7 +43,7 @@ def own_weights(method: Method, model: nn.Module) -> str | None:
 
 def provisioned_at(method: Method, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """From check-ins that fit together, for the records: what every site has beside its data; else nothing."""
-    if type(method).provisioned is Method.provisioned:
+    if not method.needs_provisioned:
         return {}
     return {PROVISIONED: str(reports[min(reports)]["initial_weights"])}
 

@@ -15,7 +15,7 @@ from heterosync.federation.contribution import Contribution
 from heterosync.federation.fusion import SCORED, Fusion
 from heterosync.federation.modelfile import PREFIX
 from heterosync.federation.split import Tail
-from heterosync.federation.wire import signature
+from heterosync.federation.wire import is_site_name, signature
 from heterosync.methods.base import Method
 
 log = logging.getLogger("heterosync")
@@ -53,18 +53,19 @@ class Server:
     def _going_on(self, stored: Mapping[str, Tensor], sites: Sequence[str]) -> dict[str, Tensor]:
         """What an earlier server remembered; of a site that is new, what every site begins with. What was remembered of
         a site that left waits for its return."""
-        names = {name for name in self.memory if any(name.endswith(f".{site}") for site in sites)}
-        kinds = {name.removesuffix(f".{site}") + "." for site in sites for name in names if name.endswith(f".{site}")}
-        gone = {name for name in stored.keys() - self.memory.keys() if name.startswith(tuple(kinds))}
-        free = names - stored.keys() | gone if self._method.memory_by_site else set[str]()
-        wanted, found = (
-            {name: value.shape for name, value in held.items() if name not in free} for held in (self.memory, stored)
-        )
-        if wanted != found:
+
+        def kind(name: str) -> str:
+            """The prefix alone where a site's name follows it."""
+            found = (prefix for prefix in self._method.memory_by_site if name.startswith(prefix))
+            return next((prefix for prefix in found if is_site_name(name.removeprefix(prefix))), name)
+
+        shapes = {kind(name): value.shape for name, value in self.memory.items()}
+        missing = {name for name in self.memory if kind(name) == name} - stored.keys()
+        if missing or any(shapes.get(kind(name)) != value.shape for name, value in stored.items()):
             where, here = f"method {self._method.name} cannot go on from the stored model", ", ".join(sorted(sites))
             why = f"what its server remembers of the rounds before is missing or does not fit the sites {here}"
             raise UserError(f"{where}: {why}: begin a new training, or go on with the sites that began this one")
-        return {**{name: value for name, value in self.memory.items() if name in free}, **stored}
+        return {**self.memory, **stored}
 
     def start(self, round_: int, sent: Mapping[str, Any]) -> None:
         """Begin a round, for which the sites get the state `sent`."""

@@ -1,8 +1,8 @@
 """The allow-list: the one place that decides what may leave a site.
 
-Three things may: the shared tensors of the method (exact name, shape and type), finite scalars with the names of
-`METRICS` (those of single methods only under a method that declares them), and the fields of the check-in, each in a
-format so tight that no path, patient id or text fits through. Images, predictions and ids have no way out.
+Three things may: the shared tensors of the method (exact name, shape and type), finite scalars with those names of
+`METRICS` that the method and its task report (`WirePolicy.scalars`), and the fields of the check-in, each in a format
+so tight that no path, patient id or text fits through. Images, predictions and ids have no way out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ import numpy as np
 from heterosync.errors import UserError
 from heterosync.methods import get_method
 from heterosync.methods.leaves import SCALAR_LEAVES
+from heterosync.training import CLASSIFICATION, SEGMENTATION
 
+#: Diagnostics of methods that may have an anchor task (models/mechanism.py).
+COUPLING = frozenset(
+    {"primary_gradient", "anchor_gradient", "anchor_gradient_ratio", "partner_effect", "mixture_share"}
+)
 #: Scalars (privacy class W0) that a site may report, by name.
-METRICS: frozenset[str] = frozenset(
+METRICS: frozenset[str] = COUPLING | frozenset(
     {
         # local training
         "val_auc_received",
@@ -34,12 +39,6 @@ METRICS: frozenset[str] = frozenset(
         "n_validation",
         "steps",
         "seconds",
-        # diagnostics of HeteroSync Learning (models/mechanism.py)
-        "primary_gradient",
-        "anchor_gradient",
-        "anchor_gradient_ratio",
-        "partner_effect",
-        "mixture_share",
         # of single methods (`Method.scalars`); label_entropy and label_balance are of class W2
         "label_entropy",
         "label_balance",
@@ -148,8 +147,12 @@ class WirePolicy:
 
     @cached_property
     def scalars(self) -> frozenset[str]:
-        """Names of the scalars that sites report under the method."""
-        return METRICS - SCALAR_LEAVES.keys() | set(get_method(self.method).scalars)
+        """Names of the scalars that sites report under the method: those of its task, the coupling of two tasks only
+        where there may be two, and its own."""
+        method = get_method(self.method)
+        others = (CLASSIFICATION.scalars | SEGMENTATION.scalars) - method.task.scalars
+        coupling = frozenset[str]() if method.couples else COUPLING
+        return METRICS - others - coupling - SCALAR_LEAVES.keys() | set(method.scalars)
 
     def check(self, tensors: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
         """A message of a training or validation: tensors by exact name, shape and type; scalars by name, finite."""

@@ -93,9 +93,9 @@ def check_job(name: str, options: JobOptions) -> Method:
     if topology == "swarm":
         if options.min_clients:
             raise UserError("job option min_clients: a swarm needs every site in every round: leave it out")
-        for name in ("wait_after_min", "uploads_to_disk"):
-            if getattr(options, name) != getattr(JobOptions, name):
-                raise UserError(f"job option {name}: the server of a swarm gets no models to wait for: leave it out")
+        for option in ("wait_after_min", "uploads_to_disk"):
+            if getattr(options, option) != getattr(JobOptions, option):
+                raise UserError(f"job option {option}: the server of a swarm gets no models to wait for: leave it out")
         if method.training.early_stop:
             raise UserError("training setting early_stop: a swarm runs all its rounds: leave it out")
     return method

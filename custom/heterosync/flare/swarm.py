@@ -18,7 +18,6 @@ from heterosync.flare.causes import Stopped, cause_of
 from heterosync.flare.job import obstacle
 from heterosync.flare.supervised import CHECK_PERIOD, Supervision
 from heterosync.methods import bytes_per_round
-from heterosync.methods.base import Method
 
 FOREVER = 10.0**9  # seconds
 
@@ -88,9 +87,7 @@ class SwarmController(Supervision, SwarmServerController):
         return 0
 
     def _checked_in(self, reports: dict[str, dict[str, Any]]) -> None:
-        if (
-            type(self._rules).provisioned is Method.provisioned
-        ):  # else the reports say that, and the head begins at random
+        if not self._rules.needs_provisioned:  # else the reports say that, and the head begins at random
             self._recorder.note(initial_weights=reports[min(reports)]["initial_weights"])
 
     def _begin(self, signal: Signal, fl_ctx: FLContext) -> None:

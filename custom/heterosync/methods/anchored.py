@@ -29,6 +29,8 @@ class AnchorSettings(Settings):
     anchor_rounds: int = setting(10, "[own] rounds in which the weight rises from 0 or falls to 0", low=1)
 
     def idle(self) -> dict[str, str]:
+        if not self.anchor_weight:
+            return {**super().idle(), **dict.fromkeys(("anchor_schedule", "anchor_rounds"), "anchor_weight above 0")}
         if self.anchor_schedule != "constant":
             return super().idle()
         return {**super().idle(), "anchor_rounds": "anchor_schedule=rising or falling"}
@@ -43,7 +45,7 @@ class SharedSettings(AnchorSettings, ExpertSettings):
         "task", "[own] BatchNorm's: of each task, or of both together", choices=("task", "shared")
     )
 
-    def idle(self) -> dict[str, str]:
+    def idle(self) -> dict[str, str]:  # never `statistics`: each choice has tensors of its own, at any anchor weight
         if self.heads == "mmoe":
             return super().idle()
         return {**super().idle(), **dict.fromkeys(self.mixture(), "heads=mmoe")}
@@ -74,7 +76,7 @@ def anchored_terms(logits: Sequence[Tensor], batch: Batch, weight: float) -> dic
 class Anchored(Method):
     """A method whose loss is the sum of named terms, and whose anchor task has a weight in every round."""
 
-    uses_anchor = True
+    uses_anchor = couples = True
     status = "variant"
     _round = 0
 

@@ -1,7 +1,8 @@
 """What a learning method is: plain federated learning of one network, and hooks for what differs.
 
-A method is one small file: a subclass of `Method` (depth 1, no method imports another) that states its facts and
-overrides only what it changes, plus one line in `methods/__init__.py`. The order of the calls in a round at a site:
+A method is one small file: a subclass of `Method`, or of a base that several share (no method imports another), that
+states its facts and overrides only what it changes, plus one line in `methods/__init__.py`. The calls in a round at a
+site:
 
     receive(model, shared) -> round_start(model, shared, examples) -> if it `trains`, for each epoch: `batches`, and
     loss(model, batch), correct_gradients(model) per step
@@ -87,14 +88,15 @@ class Method(ABC):
                         name takes its place
         personal        each site is tested with its own model
         uses_anchor     the loss needs the anchor task
+        couples         it may have an anchor task, and reports how that reaches the primary one (wire.COUPLING)
         pooled          one site holds the images of all: no federation, for comparison only
         needs_all       every site that takes part must contribute to every round
         only_updates    what a site sends is the state that it received, trained on: it can be clipped and noised
         split           the network is cut: the server trains the shared tensors itself, on what the sites send in every
                         step; all sites make as many steps, and their last state counts, not their best
         goes_on         it begins with an earlier model, which the training setting `weights` names
-        memory_by_site  what the server remembers is the same for all, or of one site each and named after it: between
-                        the jobs of a training sites may join and leave
+        memory_by_site  prefixes of what the server remembers of one site each, before the site's name: between the jobs
+                        of a training sites may join and leave
         unheeded        training settings that do not count, as `job describe` tells; jobs of a comparison share theirs
         topology        who combines, unless a job says otherwise: "star", the server; "swarm", the sites in turn
         Settings        frozen dataclass of the hyper-parameters
@@ -111,12 +113,13 @@ class Method(ABC):
     weighting: str = "equal"
     personal: ClassVar[bool] = False
     uses_anchor: bool = False
+    couples: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     needs_all: ClassVar[bool] = False
     only_updates: ClassVar[bool] = True
     split: ClassVar[bool] = False
     goes_on: ClassVar[bool] = False
-    memory_by_site: ClassVar[bool] = False
+    memory_by_site: ClassVar[tuple[str, ...]] = ()
     unheeded: ClassVar[tuple[str, ...]] = ()
     topology: ClassVar[str] = "star"
     Settings: ClassVar[type[BaseSettings]] = NoSettings
@@ -159,6 +162,11 @@ class Method(ABC):
     def per_site(self) -> bool:
         """Whether sites are sent different things."""
         return type(self).for_site is not Method.for_site
+
+    @property
+    def needs_provisioned(self) -> bool:
+        """Whether every site must hold a network beside its data (`provisioned`)."""
+        return type(self).provisioned is not Method.provisioned
 
     @property
     def needs_anchor(self) -> bool:

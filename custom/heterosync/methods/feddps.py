@@ -73,7 +73,7 @@ class FedDPS(Method):
     )
     weighting = "samples"
     only_updates = False
-    memory_by_site = True
+    memory_by_site = ("told.", "rate.")
     one_model = True  # only `rate` differs
     Settings = FedDPSSettings
     settings: FedDPSSettings

@@ -23,6 +23,8 @@ from heterosync.training.seeds import seed_of
 FALLBACK = "fallback"
 #: What the server remembers: the transformer, the rounds so far, and the hash of the generator's file.
 TRANSFORMER, ROUND, DIGEST = "transformer.", "round", "generator"
+#: Settings by which the pairs are made, beside the generator itself.
+_OF_PAIRS = ("lambda_", "server_epochs", "server_lr", "server_batch", "fit_steps")
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class FedKTLSettings(Settings):
             )
 
     def idle(self) -> dict[str, str]:
-        if self.generator != FALLBACK:
-            return {"fit_steps": f"generator={FALLBACK}"}
-        return {} if self.mu else {"fit_steps": "mu above 0"}
+        if not self.mu:  # no pairs: the server has nothing to make
+            return dict.fromkeys(("generator", *_OF_PAIRS), "mu above 0")
+        return {} if self.generator == FALLBACK else {"fit_steps": f"generator={FALLBACK}"}
 
 
 class FedKTL(Method):
@@ -87,7 +89,8 @@ class FedKTL(Method):
     Sent: up `proto` and `proto_class`, 32 bytes per round; down `etf`, `proj`, `lat`, `img_class` and, with a file,
     `img`. Each site is tested with its own model; there is no model for unseen sites.
 
-    Degenerates: with mu = 0 into local learning with the margin's loss: nothing of the others reaches a site's network.
+    Degenerates: with mu = 0 into local learning with the margin's loss: the server makes no pairs, and nothing of the
+    others reaches a site.
     """
 
     name = "fedktl"
@@ -134,7 +137,7 @@ class FedKTL(Method):
     def round_start(self, model: nn.Module, received: Mapping[str, Tensor], examples: Examples) -> None:
         known = model.img_class.bool()
         self._pairs = None
-        if not self.settings.mu or not known.any():
+        if not known.any():
             return
         if not self._file:
             self._render(model, examples)
@@ -201,6 +204,8 @@ class FedKTL(Method):
     ) -> dict[str, Tensor]:
         s, round_ = self.settings, int(memory[ROUND])
         memory[ROUND] = torch.tensor(round_ + 1)
+        if not s.mu:
+            return dict(sent)
         kinds = {site: answer["proto_class"].nonzero().flatten() for site, answer in answers.items()}
         labels = torch.cat(list(kinds.values()))
         prototypes = torch.cat([answer["proto"][kinds[site]] for site, answer in answers.items()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -220,7 +220,7 @@ class FedPPKT(Method):
         training = model.student.training
         model.student.eval()
         try:
-            images, labels, losses = self._meta.epoch(lambda x, y: self._generator_loss(model, x, y), rng)
+            images, labels, losses = self._bent(self._meta, lambda x, y: self._generator_loss(model, x, y), rng)
         finally:
             model.student.train(training)
         self._gap.remember()
@@ -229,6 +229,15 @@ class FedPPKT(Method):
         model.pool_labels[rows] = labels.to(torch.uint8)
         model.made += len(images)
         return losses
+
+    def _bent(
+        self, meta: MetaGenerator, loss: Callable[[Tensor, Tensor], Tensor], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """`MetaGenerator.epoch`, whose error gets its remedy."""
+        try:
+            return meta.epoch(loss, rng)
+        except UserError as error:
+            raise UserError(f"{error}: lower fedppkt setting 'lr_g' ({self.settings.lr_g})") from error
 
     def _generator_loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         s = self.settings
@@ -281,7 +290,7 @@ class FedPPKT(Method):
             return s.w_bn * distance + s.w_oh_server * entropy
 
         for epoch in range(s.server_gen_epochs):
-            meta.epoch(loss, stream(self.training.seed, "server", round_, epoch, "synthesis"))
+            self._bent(meta, loss, stream(self.training.seed, "server", round_, epoch, "synthesis"))
             gap.remember()
             self._tell(f"round {round_}, the server's refinement", epoch, s.server_gen_epochs)
         return {f"gen.{name}": value.cpu() for name, value in gen.state_dict().items()}

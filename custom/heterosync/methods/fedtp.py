@@ -74,7 +74,7 @@ class FedTP(Method):
     leaves = ("W1: all tensors of the ViT, the site's own query, key and value matrices too", *COMMON_LEAVES)
     personal = True
     unheeded = ("backbone",)
-    memory_by_site = True
+    memory_by_site = (EMBEDDING, MOMENTUM + EMBEDDING)
     Settings = FedTPSettings
     settings: FedTPSettings
 

@@ -5,20 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
-from heterosync.methods.base import COMMON_LEAVES, Method, Partner
-from heterosync.methods.paired import (
-    PairedSettings,
-    paired_diagnostics,
-    paired_loss,
-    paired_network,
-    paired_partner_rows,
-    paired_predict,
-    paired_terms,
-)
-from heterosync.training import Batch, Examples
+from heterosync.methods.paired import Paired, PairedSettings, paired_loss, paired_network, paired_terms
+from heterosync.training import Batch
 
 
 @dataclass(frozen=True)
@@ -26,7 +16,7 @@ class HSLSettings(PairedSettings):
     what: ClassVar[str] = "hsl"
 
 
-class HSL(Method):
+class HSL(Paired):
     """Hu et al. 2025, as the paper and the official code say, without the defects of the 2025 demo (docs/hsl.md).
 
         site k:  w_k <- local epochs of 1/2 BCE(p_1, y) + 1/2 BCE(p_2, y_anchor) from w      server:  w <- (1/K) sum w_k
@@ -41,10 +31,6 @@ class HSL(Method):
     title = "HeteroSync Learning"
     status = "corrected"
     citation = "Hu et al., Nat. Commun. 16, 9416 (2025), doi 10.1038/s41467-025-64459-y"
-    leaves = (
-        "W1: all tensors of the two-task network (weights, BatchNorm statistics and counters)",
-        *COMMON_LEAVES,
-    )
     uses_anchor = True
     Settings = HSLSettings
     settings: HSLSettings
@@ -58,12 +44,3 @@ class HSL(Method):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return paired_loss(self.settings, model, batch)
-
-    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
-        return paired_predict(model, images, partner)
-
-    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
-        return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
-
-    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        return paired_diagnostics(model, examples.sample())

@@ -27,6 +27,8 @@ class HSLDistillSettings(SharedSettings):
     distill_temperature: float = setting(2.0, "[own] of the logits, as in Hinton et al. 2015", low=1e-6)
 
     def idle(self) -> dict[str, str]:
+        if not self.distill_weight:
+            return {**super().idle(), **dict.fromkeys(("distill_on", "distill_temperature"), "distill_weight above 0")}
         if self.distill_on == "logits":
             return super().idle()
         return {**super().idle(), "distill_temperature": "distill_on=logits"}

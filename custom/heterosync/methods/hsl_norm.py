@@ -5,21 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 
 from heterosync.methods.anchored import Anchored, AnchorSettings, anchor_weight, anchored_terms
-from heterosync.methods.base import COMMON_LEAVES, Partner
-from heterosync.methods.paired import (
-    ExpertSettings,
-    PartnerSettings,
-    paired_diagnostics,
-    paired_partner_rows,
-    paired_predict,
-)
+from heterosync.methods.paired import ExpertSettings, Paired, PartnerSettings
 from heterosync.models.shared import NormedMMoE
 from heterosync.training import Batch, setting
-from heterosync.training.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,7 @@ class HSLNormSettings(PartnerSettings, AnchorSettings, ExpertSettings):
     n_partners: int = setting(4, "[own] partners of sat_mean", low=1)
 
 
-class HSLNorm(Anchored):
+class HSLNorm(Paired, Anchored):
     """A variant of Hu et al. 2025 (docs/anchor.md).
 
         site k:  w_k <- local epochs of BCE(p_1, y) + a(r) BCE(p_2, y_anchor) from w      server:  w <- (1/K) sum w_k
@@ -51,10 +42,6 @@ class HSLNorm(Anchored):
     name = "hsl_norm"
     title = "HSL, normed embedding"
     citation = "this project, after Hu et al., Nat. Commun. 16, 9416 (2025)"
-    leaves = (
-        "W1: all tensors of the two-task network (weights, BatchNorm statistics and counters)",
-        *COMMON_LEAVES,
-    )
     Settings = HSLNormSettings
     settings: HSLNormSettings
 
@@ -73,12 +60,3 @@ class HSLNorm(Anchored):
         """The parts of the loss by the task that they come from."""
         weight = anchor_weight(self.settings, self._round)
         return anchored_terms(model(batch.images, batch.anchor_images), batch, weight)
-
-    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
-        return paired_predict(model, images, partner)
-
-    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
-        return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
-
-    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        return paired_diagnostics(model, examples.sample())

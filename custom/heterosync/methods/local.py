@@ -5,19 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
-from heterosync.methods.base import COMMON_LEAVES, Method, Partner
-from heterosync.methods.paired import (
-    PairedSettings,
-    paired_diagnostics,
-    paired_loss,
-    paired_network,
-    paired_partner_rows,
-    paired_predict,
-)
-from heterosync.training import Batch, Examples, TrainingSettings, setting
+from heterosync.methods.base import COMMON_LEAVES, Partner
+from heterosync.methods.paired import Paired, PairedSettings, paired_loss, paired_network
+from heterosync.training import Batch, TrainingSettings, setting
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class LocalSettings(PairedSettings):
         return {} if self.network == "mmoe" else {item.name: "network=mmoe" for item in fields(PairedSettings)}
 
 
-class Local(Method):
+class Local(Paired):
     """Each site for itself: the lower reference of every comparison.
 
         site k:  w_k <- local epochs of BCE from w_k, the best snapshot of the round before
@@ -63,12 +56,4 @@ class Local(Method):
         return paired_loss(self.settings, model, batch) if self.uses_anchor else super().loss(model, batch)
 
     def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
-        return paired_predict(model, images, partner) if self.uses_anchor else super().predict(model, images, partner)
-
-    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
-        if not self.uses_anchor:
-            return None
-        return paired_partner_rows(self.settings, self.training, n_images, n_anchor)
-
-    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        return paired_diagnostics(model, examples.sample())
+        return super().predict(model, images, partner) if self.uses_anchor else torch.sigmoid(model(images))

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from heterosync.errors import UserError
+from heterosync.methods.base import COMMON_LEAVES, Method, Partner
 from heterosync.models import MMoE
 from heterosync.models.mechanism import mechanism
-from heterosync.training import Batch, Settings, TrainingSettings, setting
+from heterosync.training import Batch, Examples, Settings, TrainingSettings, setting
 from heterosync.training.seeds import stream
 
 
@@ -94,41 +95,51 @@ def unpaired_loss(model: nn.Module, batch: Batch) -> Tensor:
     return bce(model(batch.images, batch.images)[0], batch.labels)
 
 
-def paired_predict(model: nn.Module, images: Tensor, partner: Tensor | str) -> Tensor:
+def paired_predict(model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
     """Probability (b,) of the primary task; `partner` "self" shows the image to both encoders."""
     return torch.sigmoid(model(images, images if isinstance(partner, str) else partner)[0])
 
 
-def paired_partner_rows(
-    settings: PartnerSettings, training: TrainingSettings, n_images: int, n_anchor: int
-) -> np.ndarray | None:
-    """Anchor rows of the setting `test_partner`, fixed by the seed and equal at every site (docs/hsl.md, The partner
-    image).
+class Paired(Method):
+    """A method with the two-task network: every image is scored beside its partner."""
 
-    sat_index   (1, n): image i of a split with the i-th image of a shuffled anchor list, random ones beyond its length.
-                Reconstruction: the published script pairs by position with a separate anchor test set, which is
-                not available (nor is its size given); the partners here come
-                from the anchor pack itself, which the network has trained on. `heterosync predict` (study/predict.py)
-                has no split whose order could count, and picks an image's partner by a hash of the image's content.
-    sat_mean    (n_partners, n): the same partners for every image, from the anchor pack too
-    """
-    if settings.test_partner == "self":
-        return None
-    if not n_anchor:
-        raise UserError(
-            f"method setting 'test_partner' is '{settings.test_partner}', but there is no anchor pack: use 'self'"
-        )
-    rng = stream(training.seed, "test partner")
-    listed = rng.permutation(n_anchor)
-    if settings.test_partner == "sat_index":
-        beyond = rng.integers(0, n_anchor, max(0, n_images - n_anchor))
-        return np.concatenate([listed[:n_images], beyond])[None]
-    chosen = listed[: settings.n_partners]
-    return np.repeat(chosen[:, None], n_images, 1)
+    couples = True
+    leaves = (
+        "W1: all tensors of the two-task network (weights, BatchNorm statistics and counters)",
+        *COMMON_LEAVES,
+    )
+    settings: PartnerSettings
 
+    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
+        return paired_predict(model, images, partner)
 
-def paired_diagnostics(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """The coupling of the tasks (models/mechanism.py): anchor_gradient_ratio, partner_effect, mixture_share."""
-    if not isinstance(model, MMoE) or batch.anchor_images is None or batch.anchor_labels is None:
-        return {}
-    return mechanism(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)
+    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
+        """Anchor rows of the setting `test_partner`, fixed by the seed and equal at every site (docs/hsl.md, The
+        partner image).
+
+        sat_index   (1, n): image i of a split with the i-th image of a shuffled anchor list, random ones beyond its
+                    length. Reconstruction: the published script pairs by position with a separate anchor test set,
+                    which is not available (nor is its size given); the partners here come from the anchor pack itself,
+                    which the network has trained on. `heterosync predict` (study/predict.py) has no split whose order
+                    could count, and picks an image's partner by a hash of the image's content.
+        sat_mean    (n_partners, n): the same partners for every image, from the anchor pack too
+        """
+        kind = self.settings.test_partner
+        if kind == "self":
+            return None
+        if not n_anchor:
+            raise UserError(f"method setting 'test_partner' is '{kind}', but there is no anchor pack: use 'self'")
+        rng = stream(self.training.seed, "test partner")
+        listed = rng.permutation(n_anchor)
+        if kind == "sat_index":
+            beyond = rng.integers(0, n_anchor, max(0, n_images - n_anchor))
+            return np.concatenate([listed[:n_images], beyond])[None]
+        chosen = listed[: self.settings.n_partners]
+        return np.repeat(chosen[:, None], n_images, 1)
+
+    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """The coupling of the tasks (models/mechanism.py), where there are two."""
+        batch = examples.sample()
+        if not isinstance(model, MMoE) or batch.anchor_images is None or batch.anchor_labels is None:
+            return {}
+        return mechanism(model, batch.images, batch.labels, batch.anchor_images, batch.anchor_labels)

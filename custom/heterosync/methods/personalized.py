@@ -6,21 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heterosync.methods.base import COMMON_LEAVES, Method, Partner
-from heterosync.methods.paired import (
-    PairedSettings,
-    paired_diagnostics,
-    paired_loss,
-    paired_network,
-    paired_partner_rows,
-    paired_predict,
-    unpaired_loss,
-)
-from heterosync.training import Batch, Examples, TrainingSettings, setting
+from heterosync.methods.base import COMMON_LEAVES
+from heterosync.methods.paired import Paired, PairedSettings, paired_loss, paired_network, unpaired_loss
+from heterosync.training import Batch, TrainingSettings, setting
 
 #: The tensor with the number of sites; 0 before the first fusion.
 SITES = "sites"
@@ -45,7 +36,7 @@ def personal_mix(own: Tensor, mean: Tensor, sites: int, own_weight: float, other
     return (mixed if own.is_floating_point() else mixed.round()).to(own.dtype)
 
 
-class Personalized(Method):
+class Personalized(Paired):
     """Reference 21 of Hu et al. 2025, which could not be identified; rebuilt from the official notes of 2024.
 
         site i:  w_i <- 1/2 w_i + 1/2 (1/(K-1)) sum_{j != i} w_j,   from the server's mean m as (K m - w_i) / (K - 1)
@@ -103,12 +94,3 @@ class Personalized(Method):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return paired_loss(self.settings, model, batch) if self.uses_anchor else unpaired_loss(model, batch)
-
-    def predict(self, model: nn.Module, images: Tensor, partner: Partner) -> Tensor:
-        return paired_predict(model, images, partner)
-
-    def partner_rows(self, n_images: int, n_anchor: int) -> np.ndarray | None:
-        return paired_partner_rows(self.settings, self.training, n_images, n_anchor) if self.uses_anchor else None
-
-    def diagnostics(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        return paired_diagnostics(model, examples.sample())

@@ -147,7 +147,7 @@ class MetaGenerator:
                 gradients = torch.autograd.grad(value, wanted)
                 reached = value.item()
                 if not math.isfinite(reached):
-                    raise self._diverged("loss")
+                    raise UserError("the generator's loss is not finite")
                 if not losses or reached < min(losses):
                     best = images.detach()
                 losses.append(reached)
@@ -156,12 +156,9 @@ class MetaGenerator:
                 torch._foreach_add_(total, list(gradients[:-1]))
                 optimizer.step()
         if not torch.isfinite(nn.utils.get_total_norm(total)):
-            raise self._diverged("gradient")
+            raise UserError("the generator's gradient is not finite")
         for parameter, gradient in zip(self._generator.parameters(), total, strict=True):
             parameter.grad = gradient
         self._meta.step()
         self._meta.zero_grad(set_to_none=True)
         return best, labels, losses
-
-    def _diverged(self, what: str) -> UserError:
-        return UserError(f"the generator's {what} is not finite: lower fedppkt setting 'lr_g' ({self._rates[0]})")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heterosync.errors import UserError, nearest
+from heterosync.errors import SiteError, nearest
 from heterosync.training.precision import PRECISIONS
 from heterosync.training.task import LocalData
 
@@ -20,14 +20,14 @@ def check_machine(site: str, device: torch.device, precision: str) -> None:
     """The device is there, the precision is known."""
     check_device(site, device)
     if precision not in PRECISIONS:
-        raise UserError(f"site {site}: precision '{precision}': {nearest(precision, PRECISIONS)}")
+        raise SiteError(f"site {site}: precision '{precision}': {nearest(precision, PRECISIONS)}")
 
 
 def check_device(site: str, device: torch.device) -> None:
     """This machine has the device."""
     problem = device_problem(str(device))
     if problem:
-        raise UserError(f"site {site}: {problem}")
+        raise SiteError(f"site {site}: {problem}")
 
 
 def device_problem(name: str) -> str | None:
@@ -43,7 +43,7 @@ def device_problem(name: str) -> str | None:
 def check_trainable(site: str, data: LocalData, items: str, least: int) -> None:
     """There is something to train on; a site that only evaluates needs no training rows."""
     if len(data.splits["train"]) < least:
-        raise UserError(f"site {site}: the train split has fewer than {least} {items}: add rows to manifest.csv")
+        raise SiteError(f"site {site}: the train split has fewer than {least} {items}: add rows to manifest.csv")
 
 
 def few_scored(site: str, data: LocalData, items: str) -> list[str]:
@@ -60,23 +60,23 @@ def few_scored(site: str, data: LocalData, items: str) -> list[str]:
 def split_rows(site: str, data: LocalData, split: str) -> np.ndarray:
     """Row numbers of a split."""
     if split not in data.splits:
-        raise UserError(f"site {site}: there is no split '{split}': {nearest(split, data.splits)}")
+        raise SiteError(f"site {site}: there is no split '{split}': {nearest(split, data.splits)}")
     return data.splits[split]
 
 
 def check_shared(shared: Mapping[str, Tensor], names: Collection[str], own: Mapping[str, Tensor], where: str) -> None:
-    """Refuse received tensors that are not exactly `names`, in the shapes of `own`, all finite. Raises `UserError`."""
+    """Refuse received tensors that are not exactly `names`, in the shapes of `own`, all finite. Raises `SiteError`."""
     missing = sorted(set(names) - set(shared))
     if missing:
-        raise UserError(f"{where} lacks the tensor '{missing[0]}' ({len(missing)} in all): is it of the same method?")
+        raise SiteError(f"{where} lacks the tensor '{missing[0]}' ({len(missing)} in all): is it of the same method?")
     extra = sorted(set(shared) - set(names))
     if extra:
-        raise UserError(f"{where} has the unknown tensor '{extra[0]}' ({len(extra)} in all): is it of the same method?")
+        raise SiteError(f"{where} has the unknown tensor '{extra[0]}' ({len(extra)} in all): is it of the same method?")
     for name, value in shared.items():
         if value.shape != own[name].shape:
             found, wanted = tuple(value.shape), tuple(own[name].shape)
-            raise UserError(
+            raise SiteError(
                 f"{where}: tensor '{name}' is {found} instead of {wanted}: settings differ from the server's"
             )
         if not torch.isfinite(value).all():
-            raise UserError(f"{where}: tensor '{name}' holds values that are not finite")
+            raise SiteError(f"{where}: tensor '{name}' holds values that are not finite")

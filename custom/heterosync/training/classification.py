@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from heterosync.data.dataset import SiteData, load_site
 from heterosync.data.pool import load_pool
-from heterosync.errors import UserError
+from heterosync.errors import SiteError, UserError
 from heterosync.models import Classifier, resolved_weights
 from heterosync.training.augment import augment, draw_augmentation
 from heterosync.training.batches import Batch, batch_bounds, plan_epoch
@@ -88,12 +88,12 @@ class PictureExamples(Examples):
         try:
             self._primary = learner.feed(data.primary, device, data.cache)
         except UserError as error:
-            raise UserError(f"site {site}: {error}") from error
+            raise SiteError(f"site {site}: {error}") from error
         self._anchor = Feed(data.anchor, device) if data.anchor is not None else None
 
     def check_trainable(self) -> None:
         if self._learner.needs_anchor and (self._data.anchor is None or not len(self._data.anchor)):
-            raise UserError(
+            raise SiteError(
                 f"site {self._site}: method '{self._learner.name}' needs the anchor pack: put it into anchor/"
             )
         check_trainable(self._site, self._data, CLASSIFICATION.items, 2)
@@ -161,7 +161,7 @@ class PictureExamples(Examples):
         try:
             probabilities = score(self._learner, model, *feeds, rows, self._device, self._precision)
         except UserError as error:
-            raise UserError(f"site {self._site}, {split} split: {error}") from error
+            raise SiteError(f"site {self._site}, {split} split: {error}") from error
         labels, ids = self._data.primary.labels[rows], [self._data.primary.ids[row] for row in rows]
         return Evaluation(probabilities, labels, ids, binary_metrics(labels, probabilities))
 
@@ -171,4 +171,4 @@ class PictureExamples(Examples):
         for name, images in (("images", self._data.primary), ("anchor images", self._data.anchor)):
             if images is not None and tuple(images.pixels.shape[1:]) != wanted:
                 found = tuple(images.pixels.shape[1:])
-                raise UserError(f"site {self._site}: {name} are {found}, training settings ask for {wanted}")
+                raise SiteError(f"site {self._site}: {name} are {found}, training settings ask for {wanted}")

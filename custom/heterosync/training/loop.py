@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterosync.errors import UserError
+from heterosync.errors import SiteError, UserError
 from heterosync.training.checks import check_shared
 from heterosync.training.examples import Outcome
 from heterosync.training.schedule import lr_at
@@ -94,8 +94,8 @@ class LocalTrainer:
                 record = {**self._train(round_, shared), "start": start, "moments_before": before}
             except BaseException as error:
                 self.model.load_state_dict(self._last["state"] if self._last else self._initial_model().state_dict())
-                if type(error) is UserError and not str(error).startswith("site "):  # a method does not know its site
-                    raise UserError(f"site {self.site}, round {round_}: {error}") from error
+                if type(error) is UserError:  # of a method, which does not know its site
+                    raise SiteError(f"site {self.site}, round {round_}: {error}") from error
                 raise
         self._last = {**record, "method": self.method.name, "site": self.site, "request": request}
         self.save()
@@ -249,7 +249,7 @@ class LocalTrainer:
         try:
             self.model.load_state_dict(record["state"])
         except RuntimeError as error:
-            raise UserError(
+            raise SiteError(
                 f"site {self.site}: resume state {self._state_file} is of another network: choose another work folder"
             ) from error
         record.pop("format")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heterosync import pulse
-from heterosync.errors import UserError
+from heterosync.errors import SiteError, UserError
 from heterosync.models.ahnet import build_segmenter, need_monai
 from heterosync.models.encoder import file_mark, named_file
 from heterosync.training.batches import Batch, batch_bounds
@@ -119,7 +119,7 @@ class VolumeExamples(Examples):
     def check_trainable(self) -> None:
         check_trainable(self._site, self._data, SEGMENTATION.items, 1)
         if not len(self._data.splits["validation"]):
-            raise UserError(
+            raise SiteError(
                 f"site {self._site}: the validation split is empty: add volumes, or lower folds in site.yaml"
             )
 
@@ -187,7 +187,7 @@ class VolumeExamples(Examples):
             try:
                 found = probability_map(self._learner, models, case.image, self._device, self._precision)
             except UserError as error:
-                raise UserError(f"site {self._site}, {split} split: {error}") from error
+                raise SiteError(f"site {self._site}, {split} split: {error}") from error
             yield case, found >= THRESHOLD
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterosync.errors import UserError
+from heterosync.errors import SiteError
 from heterosync.files import write_stream
 
 FORMAT = 1
@@ -59,12 +59,12 @@ def load_state(path: Path, method: str, site: str) -> dict[str, Any] | None:
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"site {site}: resume state {path} is damaged: delete it; training then starts anew") from error
+        raise SiteError(f"site {site}: resume state {path} is damaged: delete it; training then starts anew") from error
     if not isinstance(record, dict) or not _KEYS <= set(record) <= _KEYS | _LATER or record["format"] != FORMAT:
-        raise UserError(f"site {site}: {path} is no resume state of this version: delete it; training then starts anew")
+        raise SiteError(f"site {site}: {path} is no resume state of this version: delete it; training then starts anew")
     for key, wanted in (("method", method), ("site", site)):
         if record[key] != wanted:
-            raise UserError(
+            raise SiteError(
                 f"site {site}: resume state {path} is of {key} '{record[key]}', not '{wanted}': "
                 "choose another work folder"
             )

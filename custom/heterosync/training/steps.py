@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from heterosync import pulse
-from heterosync.errors import UserError
+from heterosync.errors import SiteError, UserError
 from heterosync.training.batches import Batch
 from heterosync.training.learner import Learner
 from heterosync.training.precision import autocast
@@ -106,7 +106,7 @@ class Steps:
 
     def _diverged(self, round_: int, what: str) -> UserError:
         lr = self.learner.training.lr
-        return UserError(
+        return SiteError(
             f"site {self.site}, round {round_}: {what} had no finite loss or gradient; "
             f"lower training setting 'lr' ({lr}) or set 'precision' to float32"
         )

@@ -77,6 +77,11 @@ class Task(ABC):
         """Name of the score of the model that a site sends."""
         return f"val_{self.metric}_best"
 
+    @property
+    def scalars(self) -> frozenset[str]:
+        """Names of all scores that a site tells."""
+        return frozenset({self.received, self.best, *self.reported})
+
     @abstractmethod
     def load(self, folder: Any, settings: Any, need_anchor: bool, pooled: bool) -> LocalData:
         """Read a site folder (pooled: several, as one). Raises `ProblemList` with every problem."""
