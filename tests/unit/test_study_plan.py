@@ -188,6 +188,10 @@ WRONG = {
     "no scenarios": ({"scenarios": None}, "scenarios must be a list"),
     "an unknown key": ({"repeat": 3}, "'repeat'", "did you mean 'repeats'"),
     "an unknown method": ({"methods": ["fedvag"]}, "no method 'fedvag'", "did you mean 'fedavg'"),
+    "a stand-in under the name of what it stands for": (
+        {"methods": ["hsl", {"method": "clip", "settings": {"clip_model": "stand-in"}}]},
+        "method clip: 'Stand-in for CLIP features' must not pass for it in a table: give it variant: stand-in",
+    ),
     "a method of another task": (
         {"methods": ["prostate_ahnet"]},
         "method prostate_ahnet",

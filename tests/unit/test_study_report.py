@@ -41,6 +41,13 @@ def test_summary_has_every_site_and_the_plain_mean(runs):
     }
 
 
+def test_a_site_that_only_receives_is_no_part_of_the_mean(tmp_path):
+    folder = toy_run(tmp_path / "one")
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**info, "receivers": ["site-b"]}))
+    assert summary(read_runs([folder]))["hsl"]["mean"] == 0.9
+
+
 def test_table_of_two_runs(runs):
     rows = [re.split(r"\s*\|\s*", line)[1:-1] for line in score_table(runs).splitlines()]
     assert rows[0] == ["site", "test images (positive)", "hsl", "local"]

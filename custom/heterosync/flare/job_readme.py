@@ -5,6 +5,7 @@ from __future__ import annotations
 from heterosync.federation.privacy import epsilon_of
 from heterosync.flare.job_options import JobOptions
 from heterosync.methods.base import Method
+from heterosync.methods.traffic import amount as in_words
 from heterosync.methods.traffic import bytes_per_image, state_bytes, traffic
 
 
@@ -18,7 +19,7 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     least = (
         f"{options.min_clients} sites" if options.min_clients and not method.needs_all else "all sites that take part"
     )
-    amount = f"{len(names)} tensors, {size / 2**20:.1f} MiB per site and round "
+    amount = f"{len(names)} tensors, {in_words(size)} per site and round "
     amount += (
         "in each direction" if names == back else f"to the site, {len(back)} tensors, {traffic(method, model)} back"
     )
@@ -48,9 +49,7 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
         classes += ", W3 activations and labels of single\nimages"
         step = training.batch_size * bytes_per_image(method, model) / 2**20
         amount = f"{traffic(method, model)} to the server, as much back as gradients ({step:.1f} MiB each way in\n"
-        amount += (
-            f"a step of {training.batch_size} images), and {size / 2**20:.1f} MiB of weights to the site per round"
-        )
+        amount += f"a step of {training.batch_size} images), and {in_words(size)} of weights to the site per round"
         to_whom = _SPLIT
         own = f"{own}\n`last_model.pt` and `best_model.pt` hold the server's half alone."
     if (options.topology or method.topology) == "swarm":
@@ -63,6 +62,7 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
     if options.dp_clip is not None:
         name, command = f"{name}_dp", f"{command} --dp-clip {options.dp_clip:g} --dp-noise {options.dp_noise:g}"
         to_whom += _privacy(options.dp_clip, options.dp_noise, training.rounds)
+    epochs = "epoch" if training.local_epochs == 1 else "epochs"
     place, clients, pooled = "/path/to/alliance", "site-a,site-b -t 2", ""
     if method.pooled:
         place, clients, pooled = "/path/to", "alliance -t 1", _POOLED
@@ -75,7 +75,7 @@ Written by `{command}`; a change by hand is lost at the next export.
 
 {method.citation}. Status: {method.status}.
 
-{training.rounds} rounds of {training.local_epochs} local epochs, {method.in_words()}.
+{training.rounds} rounds of {training.local_epochs} local {epochs}, {method.in_words()}.
 A round needs {least}. {fused}.
 
 {settings}

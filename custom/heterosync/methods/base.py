@@ -97,6 +97,7 @@ class Method(ABC):
         goes_on         it begins with an earlier model, which the training setting `weights` names
         memory_by_site  prefixes of what the server remembers of one site each, before the site's name: between the jobs
                         of a training sites may join and leave
+        stand_in        something made up takes the place of a public model: a study's labels have to say so
         unheeded        training settings that do not count, as `job describe` tells; jobs of a comparison share theirs
         topology        who combines, unless a job says otherwise: "star", the server; "swarm", the sites in turn
         Settings        frozen dataclass of the hyper-parameters
@@ -120,6 +121,7 @@ class Method(ABC):
     split: ClassVar[bool] = False
     goes_on: ClassVar[bool] = False
     memory_by_site: ClassVar[tuple[str, ...]] = ()
+    stand_in: bool = False
     unheeded: ClassVar[tuple[str, ...]] = ()
     topology: ClassVar[str] = "star"
     Settings: ClassVar[type[BaseSettings]] = NoSettings

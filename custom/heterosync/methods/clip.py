@@ -89,6 +89,8 @@ class Clip(Method):
         if self._shape is not None:
             seen |= {"image_size": self._shape.side, "channels": 3, "fit": "crop"}
         self.training = replace(self.training, **seen)
+        if self.settings.clip_model == STAND_IN:
+            self.stand_in, self.title = True, "Stand-in for CLIP features"  # type: ignore[misc]
 
     @property
     def _shape(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_VERSIONS = "precision, versions of heterosync, python, torch, torchvision, monai and nvflare"
+
 #: What leaves a site under every method, by the names of the allow-list (federation/wire.py) and with privacy class.
 COMMON_LEAVES: tuple[str, ...] = (
     "W0, per round: val_auc_received, val_auc_best, best_epoch, train_loss, steps, seconds; for the two-task network "
@@ -12,7 +14,7 @@ COMMON_LEAVES: tuple[str, ...] = (
     "W2, number of images of the positive label per evaluated split: n_positive",
     "at the check-in: site name, method, labels (the names of the two classes), anchor_digest (SHA-256 of the shared "
     "anchor set), model_hash (names and shapes), initial_weights (imagenet, none, stand-in or a file's hash), "
-    "precision, versions of heterosync, python, torch, torchvision, monai and nvflare",
+    + _VERSIONS,
 )
 
 #: The same for methods that segment volumes.
@@ -21,7 +23,8 @@ VOLUME_LEAVES: tuple[str, ...] = (
     "W0, per evaluated split: dice, dice_sd, ci_low, ci_high, hd95, volume_error",
     "W0, numbers of volumes: n_train and n_validation per round, n and n_missed (nothing found) per evaluated split, "
     "counts of every split at the check-in",
-    COMMON_LEAVES[-1],
+    "at the check-in: site name, method, labels (background and organ), model_hash (names and shapes), initial_weights "
+    "(none or a file's hash), " + _VERSIONS,
 )
 
 #: In words, the scalars that only some methods report (`Method.scalars`); the `leaves` of these hold the line.

@@ -59,6 +59,11 @@ class Run:
         return self.tests.get(self.model, {}) if self.model else {}
 
     @property
+    def receivers(self) -> tuple[str, ...]:
+        """Sites that took the model and trained nothing: no part of a mean over the sites."""
+        return tuple(self.info.get("receivers") or ())
+
+    @property
     def task(self) -> Task:
         """What it learned."""
         return task_of(self.info)

@@ -33,12 +33,13 @@ def sites_of(runs: Sequence[Run]) -> list[str]:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, float | None]]:
-    """Run label -> site -> test score, and `mean`, the plain mean over the sites (not the AUC of the pooled cases)."""
+    """Run label -> site -> test score, and `mean`, the plain mean over the sites that trained (not the AUC of
+    the pooled cases)."""
     metric = task_of_all(runs).metric
     return {
         run.label: {
             **{site: metrics.get(metric) for site, metrics in sorted(run.test_metrics.items())},
-            "mean": mean([metrics.get(metric) for metrics in run.test_metrics.values()]),
+            "mean": mean([m.get(metric) for site, m in run.test_metrics.items() if site not in run.receivers]),
         }
         for run in runs
     }

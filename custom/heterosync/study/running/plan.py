@@ -200,7 +200,10 @@ class Plan:
         known = len(problems)
         for entry in self.methods:
             try:
-                entry.made({**self.common(), **entry.training})
+                made = entry.made({**self.common(), **entry.training})
+                if made.stand_in and "stand-in" not in entry.variant:
+                    what = f"'{made.title}' must not pass for it in a table"
+                    problems.append(f"method {entry.label}: {what}: give it variant: stand-in")
             except UserError as error:
                 problems.append(f"method {entry.label}: {error}")
         return problems if len(problems) > known else problems + self._of_anchors()
