@@ -142,7 +142,12 @@ TABLE: list[tuple[str, Breaking, list[str]]] = [
     ("site folder gone", lambda folder: shutil.rmtree(folder), ["site: the site folder does not exist: create it"]),
     # site.yaml
     ("no config", remove("site.yaml"), ["site.yaml: the file is missing: write it"]),
-    ("config is no YAML", put("site.yaml", "task: [a\nlabels: b"), ["site.yaml line 2: not valid YAML"]),
+    (
+        "config is no YAML",  # what the label column is, and whether an anchor is needed, is not known then
+        lambda folder: [put("site.yaml", "task: [a\nlabels: b")(folder), shutil.rmtree(folder / "anchor")],
+        ["site.yaml line 2: not valid YAML"],
+    ),
+    ("task is nearly another kind", put("site.yaml", "task: segmentaton\n"), ["did you mean 'segmentation'?"]),
     ("config is a list", put("site.yaml", "- task"), ["site.yaml: holds no keys"]),
     ("config is empty", put("site.yaml", ""), ["site.yaml: holds no keys"]),
     ("config is binary", put("site.yaml", b"\xff\xfe\x00"), ["site.yaml: not readable"]),

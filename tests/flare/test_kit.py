@@ -195,7 +195,9 @@ def test_commands(kits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     broken = copy_kit(kits / "site-a", tmp_path)
     edit(broken / "startup" / "start.sh")
     assert main(["kit", "verify", str(broken)]) == 1
-    assert "edited: start.sh" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert "edited: start.sh" in said[0] and "ask the alliance lead for a fresh kit" in said[-1]
+    assert all(line.startswith("heterosync: ") for line in said)
     assert main(["kit", "secure", str(kits / "site-a")]) == 1
     assert "sealed by the alliance" in capsys.readouterr().err
     assert main(["kit", "verify", str(tmp_path)]) == 1

@@ -182,6 +182,12 @@ def test_a_policy_of_the_hospitals_own(kits: Path, tmp_path: Path) -> None:
         file.write_text(json.dumps(content).replace(json.dumps(scope["args"]), json.dumps(args)))
         wrong = [f for f in found(mine, "policy") if f.state == PROBLEM]
         assert len(wrong) == 1 and words in wrong[0].found and "task_result_filters" in wrong[0].remedy
+    both = json.loads(json.dumps(content))
+    for kind in ("task_data_filters", "task_result_filters"):  # the same slip twice is one finding
+        both["scopes"][0][kind][0]["args"]["withhold"] = ["n_positiv"]
+    file.write_text(json.dumps(both))
+    (wrong,) = [f for f in found(mine, "policy") if f.state == PROBLEM]
+    assert wrong.remedy == "Correct it under task_result_filters and task_data_filters"
     file.write_text(
         json.dumps(content).replace(json.dumps(scope["path"]), json.dumps(scope["path"]) + ', "disabled": true')
     )

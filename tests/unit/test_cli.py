@@ -103,6 +103,7 @@ def test_version(capsys):
 
 def test_settings_are_read_as_json_where_they_are_json():
     pairs = ["rounds=3", "lr=1e-3", "augment=false", "weights=none", "loss_weights=[1, 0]", "source=/a=b"]
+    pairs += ["patch=32,32,16", "note=a,b"]
     assert parse_settings(pairs) == {
         "rounds": 3,
         "lr": 1e-3,
@@ -110,6 +111,8 @@ def test_settings_are_read_as_json_where_they_are_json():
         "weights": "none",
         "loss_weights": [1, 0],
         "source": "/a=b",
+        "patch": [32, 32, 16],
+        "note": "a,b",
     }
     for wrong in (["rounds"], ["=3"], ["rounds=1", "rounds=2"]):
         with pytest.raises(UserError, match="--set"):
@@ -141,11 +144,14 @@ def test_job_describe_names_settings_and_what_leaves(capsys):
     text = capsys.readouterr().out
     for part in ("23,723,650 parameters", "temperature = 3.0", "rounds = 20", "what leaves a site", "min_clients = 0"):
         assert part in text
-    for part in ("status: corrected: as the source means it", "two-task", "Hu et al.", "keeps nothing"):
+    for part in ("status: corrected: as the source means it", "two-task", "Hu et al."):
         assert part in text
+    assert "beside what travels: nothing at a site; nothing at the server (of five sites)" in text
     assert "backbone = resnet18  (one of resnet18, resnet_tiny)" in text
     assert "topology = None  (one of star, swarm)" in text
     assert "test_partner = self  (one of self, sat_index, sat_mean)" in text
+    assert main(["job", "describe", "clip"]) == 0
+    assert "`ViT-B-32.pt` every site has in torch's cache (hub/checkpoints; docs/clip.md)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["hsl", "local"])

@@ -48,7 +48,6 @@ def test_all_problems_at_once_in_the_order_of_rows(tmp_path: Path):
     [
         ("task: t\nlabels: [normal, abnormal]\ndevise: cpu\nthreads: 0\n", ["unknown key 'devise'", "threads = '0'"]),
         ("task: t\nlabels: [normal]\n", ["labels = ['normal']"]),
-        ("task: [\n", ["line 2: not valid YAML"]),
         (None, ["site.yaml: the file is missing"]),
     ],
 )

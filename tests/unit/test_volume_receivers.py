@@ -66,6 +66,9 @@ def test_a_site_with_a_single_held_out_case_is_no_receiver(tmp_path: Path) -> No
     few = "site a: {} has 1 volume: its score, which leaves the site, is that of single patients: use 3 or more"
     assert told[1:] == [few.format("validation"), few.format("test")]
     told.clear()
+    SiteTrainer("a", folder, "prostate_ahnet", None, TRAINING, tmp_path / "w", told.append).check_in()
+    assert len(told) == 1  # once a training, whenever its trainer starts again
+    told.clear()
     SiteTrainer(
         "b", receiving(tmp_path / "b", 3), "prostate_ahnet", None, TRAINING, tmp_path / "v", told.append
     ).check_in()

@@ -8,7 +8,7 @@ from typing import Any
 
 from heterosync.cli.base import add_command, add_group, add_json, names, positive, show
 from heterosync.cli.chain import register_run
-from heterosync.errors import UserError
+from heterosync.errors import ProblemList, UserError
 
 _SEND = """\
 Send each kit to its owner (keys are inside: never by plain mail) and tell the fingerprint by telephone.
@@ -188,9 +188,14 @@ def _roll(project: dict[str, Any]) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.kit import verify
+    from heterosync.flare.kit import REMEDY, Kit, verify
 
-    _say_verified(verify(arguments.kit), arguments.json)
+    kit = Kit(arguments.kit)
+    try:
+        facts = verify(kit.folder)
+    except UserError as error:
+        raise ProblemList([*str(error).splitlines(), f"this kit is not as it was sealed; {REMEDY}"]) from error
+    _say_verified(facts, arguments.json)
 
 
 def _secure(arguments: argparse.Namespace) -> None:

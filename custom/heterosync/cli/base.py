@@ -83,7 +83,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     """`["rounds=3", "weights=none"]` to `{"rounds": 3, "weights": "none"}`; values are read as JSON where they are
-    JSON.
+    JSON, and numbers with commas between them as a list: `patch=32,32,16` needs no quotes in a shell.
 
     Raises `UserError` for a pair without `=` or a name given twice. Whether a name is known is the settings' own
     matter.
@@ -95,10 +95,13 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
             raise UserError(f"--set {pair}: write it as name=value, for example --set rounds=3")
         if name in settings:
             raise UserError(f"--set {name}: given twice; keep one")
-        try:
-            settings[name] = json.loads(text)
-        except ValueError:
-            settings[name] = text
+        settings[name] = text
+        for form in (text, f"[{text}]" if "," in text else text):
+            try:
+                settings[name] = json.loads(form)
+                break
+            except ValueError:
+                pass
     return settings
 
 
@@ -118,7 +121,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         sys.stdout.flush()
         return result
     except UserError as error:
-        print(f"heterosync: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"heterosync: {line}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("heterosync: interrupted", file=sys.stderr)

@@ -164,14 +164,15 @@ def _describe(arguments: argparse.Namespace) -> None:
         return
     print(f"{facts['title']} ({facts['name']})\n{facts['does']}")
     print(f"status: {facts['status']}: {STATUS[facts['status']]}\nsource: {facts['citation']}")
-    print(f"\nmodel: {facts['parameters']:,} parameters; anchor task: {'yes' if facts['uses_anchor'] else 'no'}")
+    print(f"\nnetwork: {facts['network']}")
+    print(f"model: {facts['parameters']:,} parameters; anchor task: {'yes' if facts['uses_anchor'] else 'no'}")
     print(f"weights of the sites are combined: {facts['weighting']}")
     if facts["bytes_per_image"]:
         print(f"one site sends: {sent(facts)}, as activations (privacy class W3), and gets as much back as gradients")
     else:
         print(f"one site sends per round: {sent(facts)} in {facts['tensors_per_round']} tensors")
-    kept = {"a site": facts["bytes_kept"], "the server, with five sites": facts["server_bytes"]}
-    print("; ".join(f"{who} keeps {amount(size)}" for who, size in kept.items()))
+    site, server = (amount(facts[name]) for name in ("bytes_kept", "server_bytes"))
+    print(f"kept from round to round beside what travels: {site} at a site; {server} at the server (of five sites)")
     print("\nwhat leaves a site:")
     for line in facts["leaves_a_site"]:
         print(f"  - {line}")

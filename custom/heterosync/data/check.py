@@ -14,7 +14,7 @@ from heterosync.data.anchor import AnchorPack, inspect_anchor
 from heterosync.data.cache import cache_root, load_pictures
 from heterosync.data.decoding import Decoded
 from heterosync.data.site import CONFIG, MANIFEST, SPLITS, Row, SiteConfig, parse_manifest, parse_site_config
-from heterosync.data.site_yaml import KINDS, read_task
+from heterosync.data.site_yaml import KINDS, open_kind, read_task
 from heterosync.data.splits import FILE as SPLITS_FILE
 from heterosync.data.splits import assign_splits, read_splits
 from heterosync.errors import ProblemList
@@ -86,7 +86,7 @@ def inspect_site(
 
 
 def no_site_folder(folder: Path) -> str | None:
-    """One line when `folder` cannot be a site folder: what it is, and what to give instead."""
+    """One line when `folder` cannot be a site folder, or does not say of what kind: what to give or write instead."""
     name = folder.absolute().name
     if folder.is_file():
         return f"{name}: a file, not a site folder: give the folder that holds {CONFIG} and {MANIFEST}"
@@ -95,7 +95,7 @@ def no_site_folder(folder: Path) -> str | None:
     sites = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     if sites and not (folder / CONFIG).exists() and not (folder / MANIFEST).exists():
         return f"{name}: no site folder itself, but it holds some: give one of {', '.join(sites)}"
-    return None
+    return open_kind(folder)
 
 
 def _other_kind(folder: Path) -> str | None:

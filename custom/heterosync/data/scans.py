@@ -11,7 +11,7 @@ import numpy as np
 from pydicom.misc import is_dicom
 
 from heterosync.data.site import MANIFEST
-from heterosync.data.site_yaml import CONFIG, VOLUMES, read_task
+from heterosync.data.site_yaml import CONFIG, VOLUMES, open_kind, read_task
 from heterosync.data.volume_facts import judge_size, judge_values
 from heterosync.data.volume_preprocess import meta_tensor, to_geometry
 from heterosync.data.volume_site import parse_volume_config, parse_volume_manifest
@@ -87,6 +87,9 @@ def check_scans(scans: list[Scan], spacing: float) -> None:
 
 
 def _of_site(folder: Path) -> list[Scan]:
+    unknown = open_kind(folder)
+    if unknown:
+        raise UserError(unknown)
     if read_task(folder) not in ("", VOLUMES):
         raise UserError(f"{folder} is a site folder of pictures: name one whose {CONFIG} has the task {VOLUMES}")
     config, problems = parse_volume_config(folder)

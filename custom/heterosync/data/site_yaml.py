@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from heterosync.errors import UserError, nearest
+from heterosync.errors import UserError, closest, nearest
 
 CONFIG = "site.yaml"
 #: Values of `task` that make a site folder another kind than images with labels; any other words describe that one.
@@ -67,6 +67,20 @@ def read_task(folder: Path | str) -> str:
     except UserError:
         return ""
     return task.strip() if isinstance(task, str) else ""
+
+
+def open_kind(folder: Path | str) -> str | None:
+    """One line when `site.yaml` leaves open what kind of folder it is, so that nothing else can be judged: no keys can
+    be read, or `task` is nearly the name of a kind and there are no labels of another one."""
+    try:
+        given = _read_yaml(folder)
+    except UserError as error:
+        return str(error) if (Path(folder) / CONFIG).exists() else None
+    task = read_task(folder)
+    meant = closest(task, KINDS)
+    if task in KINDS or meant is None or "labels" in given:
+        return None
+    return f"{CONFIG}: task: {task}: did you mean '{meant}'? (a task of images with labels needs the key labels)"
 
 
 def text(value: Any) -> str:

@@ -39,6 +39,7 @@ OWN_MODEL = "local"
 
 #: Environment variable with the number of CPU threads of a trainer.
 THREADS = "HETEROSYNC_THREADS"
+PRECISION = "precision.json"  # in the work folder, from the first opening of a training on
 
 
 def thread_count(configured: int | None, environ: Mapping[str, str] = os.environ) -> int | None:
@@ -182,7 +183,11 @@ class SiteTrainer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(self.site, torch.device(device))
-        return self._over(data, device, self._precision(device))
+        earlier = (self.work / PRECISION).exists()  # this training was opened here before, and told then
+        trainer = self._over(data, device, self._precision(device))
+        for line in () if earlier else few_scored(self.site, data, self.task.items):
+            self._log(line)
+        return trainer
 
     def _load(self) -> LocalData:
         try:
@@ -197,9 +202,7 @@ class SiteTrainer:
             trainer.received = lambda round_, score: self._received(trainer, round_, score)
         again = f", goes on after round {finished}" if finished is not None else ""
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.splits.items())
-        opened = f"site {self.site}: {counts} {self.task.items}; {device}, {precision}{again}"
-        for line in (opened, *few_scored(self.site, data, self.task.items)):
-            self._log(line)
+        self._log(f"site {self.site}: {counts} {self.task.items}; {device}, {precision}{again}")
         return trainer
 
     def _with_new_images(self, trainer: LocalTrainer) -> LocalTrainer:
@@ -230,7 +233,7 @@ class SiteTrainer:
 
     def _precision(self, device: str) -> str:
         """Decided once per run and kept, so that a restarted site goes on with the same arithmetic."""
-        file = self.work / "precision.json"
+        file = self.work / PRECISION
         if file.exists():
             return str(read_json(file)["precision"])
         precision, seconds = choose_precision(self.method, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heterosync.data.site_yaml import VOLUMES
 from heterosync.federation.privacy import epsilon_of
 from heterosync.flare.job_options import JobOptions
 from heterosync.methods.base import Method
@@ -64,6 +65,8 @@ def readme(method: Method, options: JobOptions, byoc: bool = False) -> str:
         to_whom += _privacy(options.dp_clip, options.dp_noise, training.rounds)
     epochs = "epoch" if training.local_epochs == 1 else "epochs"
     place, clients, pooled = "/path/to/alliance", "site-a,site-b -t 2", ""
+    if method.task.name == VOLUMES:  # as `heterosync data phantoms` names its sites
+        clients = "north,south,west -t 3"
     if method.pooled:
         place, clients, pooled = "/path/to", "alliance -t 1", _POOLED
     return f"""# {method.title}
@@ -101,6 +104,7 @@ variable `HETEROSYNC_DATA`, as the folder that holds `<site name>/`, or as the s
 HETEROSYNC_DATA={place} nvflare simulator jobs/{name} -w poc/simulator -c {clients}
 ```
 
+`-c` names the sites' folders there, `-t` says how many train at once.
 `poc/simulator/local/resources.json` lists the classes that a job may name; in another workspace FLARE refuses them
 ("not in allow_list") unless the same file lies there. `heterosync simulate jobs/{name}` prepares any workspace
 and shows the progress.

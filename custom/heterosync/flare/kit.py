@@ -38,6 +38,7 @@ ALLIANCE, SITE = "alliance", "site"
 SIGNATURES = {ALLIANCE: "signature.json", SITE: "site_signature.json"}
 KINDS = {"fed_server.json": "server", "fed_client.json": "client", "fed_admin.json": "admin"}
 FORMAT = 1
+REMEDY = "mend that, or ask the alliance lead for a fresh kit"
 
 
 class Kit:
@@ -264,9 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"heterosync: {line}", file=sys.stderr)
-        print(
-            "heterosync: this kit does not start; mend that, or ask the alliance lead for a fresh kit", file=sys.stderr
-        )
+        print(f"heterosync: this kit does not start; {REMEDY}", file=sys.stderr)
         return 1
     print(f"heterosync: kit of {facts['name']} is intact; root certificate {facts['fingerprint']}")
     return 0

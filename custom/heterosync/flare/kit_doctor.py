@@ -206,7 +206,8 @@ def _check_privacy(kit: Kit) -> list[Finding]:
     """Whether each privacy scope, the default one above all, has our two outbound filters, and they accept its args."""
     policy = _read_local(kit, PRIVACY)
     scopes = policy.get("scopes", [])
-    findings, complete = [], policy.get("default_scope") in {scope.get("name") for scope in scopes}
+    wrong: dict[str, list[str]] = {}  # what the filters say -> where; both often have the same args
+    complete = policy.get("default_scope") in {scope.get("name") for scope in scopes}
     for scope in scopes:
         for kind, filter_ in FILTERS.items():
             path = f"{filter_.__module__}.{filter_.__qualname__}"
@@ -216,7 +217,11 @@ def _check_privacy(kit: Kit) -> list[Finding]:
                 try:
                     filter_(**entry.get("args", {}))
                 except UserError as error:
-                    findings.append(Finding("policy", PROBLEM, str(error), f"Correct it under {kind}"))
+                    wrong.setdefault(str(error), []).append(kind)
+    findings = [
+        Finding("policy", PROBLEM, found, f"Correct it under {' and '.join(dict.fromkeys(kinds))}")
+        for found, kinds in wrong.items()
+    ]
     if not complete:
         remedy = "Restore the file from privacy.json.default"
         findings.append(Finding("policy", PROBLEM, f"{LOCAL}/{PRIVACY} lets jobs send what they like", remedy))

@@ -126,10 +126,12 @@ def read_sites(path: Path, taken: dict[str, str]) -> list[dict[str, Any]]:
                 continue
             problem = _wrong(value, kind)
             if problem is None and kind != "org":  # several sites may belong to one organisation
-                problem = f"is already the name of {taken[value.lower()]}" if value.lower() in taken else None
+                if value.lower() in taken:
+                    problem = f"is already the name of {taken[value.lower()]}: write another one, or delete the row"
                 taken[value.lower()] = f"row {line}"
             if problem:
-                problems.append(f"{path} row {line}: {column} '{value}' {problem}")
+                cell = f"{column} '{value}'" if value else f"column '{column}'"
+                problems.append(f"{path} row {line}: {cell} {problem}")
         clients.append({"name": record["site"], "type": "client", "org": record["org"]})
         for column, role in ROLES.items():
             if record.get(column):

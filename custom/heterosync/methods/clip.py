@@ -107,7 +107,7 @@ class Clip(Method):
         if self._shape is None:
             return f"a head on a stand-in for CLIP's encoder (not CLIP) at {self.training.image_size} px"
         head = f"a head on CLIP's frozen {self.settings.clip_model} at {self.training.image_size} px"
-        return f"{head},\nwhose file `{self._name}` every site has in torch's cache"
+        return f"{head},\nwhose file `{self._name}` every site has in torch's cache (hub/checkpoints; docs/clip.md)"
 
     # -- the encoder ---------------------------------------------------------------------------------------------------
 

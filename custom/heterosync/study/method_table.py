@@ -44,6 +44,7 @@ def method_facts(name: str) -> Mapping[str, Any]:
         "bytes_kept": state_bytes(model, method.own_names(model)),
         "server_bytes": sum(value.numel() * value.element_size() for value in memory.values()),
         "bytes_per_image": bytes_per_image(method, model),
+        "network": " ".join(method.in_words().split()),
         "tensors_per_round": len(method.returned_names(model)),
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "weighting": method.weighting,

@@ -44,7 +44,7 @@ class Settings:
         hints = get_type_hints(type(self))
         for item in fields(self):
             name = f"{self.what} setting '{item.name}'".strip()
-            value = _typed(getattr(self, item.name), hints[item.name], name)
+            value = _typed(getattr(self, item.name), hints[item.name], name, item.default)
             _check_range(value, item.metadata, name)
             object.__setattr__(self, item.name, value)
         idle = self.idle()
@@ -77,11 +77,11 @@ def settings_from(cls: type[T], values: Mapping[str, Any] | None) -> T:
     return cls(**values)
 
 
-def _typed(value: Any, hint: Any, name: str) -> Any:
+def _typed(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
-            raise UserError(f"{name} is {value!r}: it must be a list of {len(kinds)} values")
+            raise UserError(f"{name} is {value!r}: it must be a list of {len(kinds)} values, as {list(default)}")
         return tuple(_typed(part, kind, name) for part, kind in zip(value, kinds, strict=True))
     if hint is float:
         if isinstance(value, str):  # YAML reads 1e-3 as text
