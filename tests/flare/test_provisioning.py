@@ -101,7 +101,7 @@ def test_mistakes_of_the_arguments_are_told_with_those_of_the_table(tmp_path: Pa
             "my alliance", Server("fl.example.org"), "boss", write_sites(tmp_path, "site,org,admin\n,a,x@a.org\n")
         )
     told = caught.value.problems
-    assert len(told) == 3 and "--name" in told[0] and "--admin" in told[1] and "row 2: site" in told[2]
+    assert len(told) == 3 and "--name" in told[0] and "--admin" in told[1] and "row 2: column 'site'" in told[2]
 
 
 @pytest.mark.parametrize(
