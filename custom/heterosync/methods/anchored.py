@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -84,9 +85,9 @@ class Anchored(Method):
         self._round = round_
         return examples.batches(round_, epoch)
 
+    @abstractmethod
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss by what they come from."""
-        raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return torch.stack(list(self.terms(model, batch).values())).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class TaskBatchNorm(nn.BatchNorm2d):
         return self.anchor(x) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class SharedEncoder(nn.Module):
+class SharedEncoder(nn.Module, ABC):
     """One encoder for both tasks; `decide` makes logits of its features.
 
     `statistics`: BatchNorm's are "shared" (both tasks' images form one batch) or of each "task".
@@ -86,9 +87,9 @@ class SharedEncoder(nn.Module):
         """What stands above the encoder."""
         return [module for name, module in self.named_children() if name != "encoder"]
 
+    @abstractmethod
     def decide(self, task: int, f: Tensor) -> Tensor:
         """Features (b, d) -> logits (b,) of a task, in full precision."""
-        raise NotImplementedError
 
     def forward(self, primary: Tensor, anchor: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if anchor is None:
