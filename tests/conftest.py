@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from toys import SMOKE, toy_alliance
 # Small models gain nothing from many threads, and a federation is many processes.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """What importing everything left is not looked at by every later collection of garbage: the server of a federation
+    makes one per message, which costs more than a toy round."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -153,13 +153,6 @@ def test_the_server_keeps_the_whole_record(hsl: Run) -> None:
 # -- other ways to the same tensors ------------------------------------------------------------------------------------
 
 
-def test_fewer_threads_than_sites_give_the_same(root: Path, data: dict[str, Path]) -> None:
-    """FLARE then starts a new process for every task: all that a site must remember lies on its disk."""
-    two = {site: data[site] for site in ("site-a", "site-b")}
-    run = play(root, "serial", "hsl", list(two), JobOptions(training=TRAINING, in_process=True), threads=1)
-    assert_equal_to_oracle(run, oracle(root, "hsl", two))
-
-
 def test_a_killed_trainer_costs_no_round(root: Path, data: dict[str, Path]) -> None:
     killed: list[int] = []
 
@@ -178,10 +171,13 @@ def test_a_killed_trainer_costs_no_round(root: Path, data: dict[str, Path]) -> N
     assert any("SIGKILL" in line and "it starts again" in line for line in run.lines)
 
 
-def test_what_stays_at_a_site_does_not_travel(root: Path, data: dict[str, Path]) -> None:
-    """Other payloads, and servers with a rule of their own: test_study_engines.py."""
+def test_what_stays_at_a_site_does_not_travel_and_is_there_for_its_next_process(
+    root: Path, data: dict[str, Path]
+) -> None:
+    """With fewer threads than sites FLARE starts a new process for every task: all that a site must remember lies on
+    its disk. Other payloads, and servers with a rule of their own: test_study_engines.py."""
     two = {site: data[site] for site in ("site-a", "site-b")}
-    run = play(root, "fedbn", "fedbn", list(two), JobOptions(training=TRAINING, in_process=True))
+    run = play(root, "fedbn", "fedbn", list(two), JobOptions(training=TRAINING, in_process=True), threads=1)
     assert_equal_to_oracle(run, oracle(root, "fedbn", two))
     made = make_method("fedbn", None, TrainingSettings.from_dict(TRAINING))
     declared = set(made.shared_names(made.build_model()))

@@ -182,7 +182,8 @@ def test_a_working_trainer_is_stopped_promptly(tmp_path: Path, alliance, smoke, 
     thread.join(30)
     assert time.monotonic() - began < 5
     assert len(ended) == 1 and isinstance(ended[0], TrainerDied)
-    assert {"abort": "the job was aborted", "close": "SIGKILL"}[how] in str(ended[0])
+    # `close` closes the pipe and kills: the trainer may have noticed the first before the second reaches it
+    assert {"abort": "the job was aborted", "close": "trainer ended"}[how] in str(ended[0])
     assert pid is not None and not alive(pid)
 
 

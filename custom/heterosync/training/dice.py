@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 #: A voxel belongs to the organ from this probability on.
@@ -80,7 +80,7 @@ def summarise(cases: Sequence[CaseScore]) -> dict[str, float | None]:
     known = [case.hd95 for case in cases if case.hd95 is not None]
     mean = float(dice.mean()) if n else None
     spread = float(dice.std(ddof=1)) if n > 1 else None
-    half = float(student.ppf(0.975, n - 1)) * spread / n**0.5 if spread is not None else None
+    half = float(stdtrit(n - 1, 0.975)) * spread / n**0.5 if spread is not None else None
     return {
         "dice": mean,
         "dice_sd": spread,
