@@ -51,7 +51,7 @@ def test_tsne_is_fixed_and_takes_few_points():
     assert first.shape == (9, 2) and np.array_equal(first, tsne(points))
 
 
-@pytest.mark.parametrize("method", ["hsl", "fedavg"])
+@pytest.mark.parametrize("method", ["hsl", "hsl_shared", "fedavg"])
 def test_features_are_the_encoder_s_output_of_test_images(tmp_path, method):
     sites = toy_alliance(tmp_path / "data", 2, counts=(20, 20), anchor=False)
     model = toy_model(tmp_path / "best_model.pt", method)
@@ -61,9 +61,11 @@ def test_features_are_the_encoder_s_output_of_test_images(tmp_path, method):
     _, network = load_model(model).build()
     site = load_site(sites["site-b"], 32, need_anchor=False)
     images = site.primary.batch(site.splits["test"])
-    body = network.encoders[0] if method == "hsl" else torch.nn.Sequential(*list(network.net.children())[:-1])
     with torch.inference_mode():
-        expected = torch.relu(body(images)) if method == "hsl" else body(images).flatten(1)
+        if method == "fedavg":
+            expected = torch.nn.Sequential(*list(network.net.children())[:-1])(images).flatten(1)
+        else:
+            expected = torch.relu((network.encoders[0] if method == "hsl" else network.encoder)(images))
     nearest = [np.abs(expected.numpy() - row).max(1).min() for row in found.after[8:]]
     assert max(nearest) < 1e-4  # each row is one of this site's test images
     again = run_features(model, sites.values(), points=8)

@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
 from heterosync.study.evidence.outcomes import by_series, read_study
-from heterosync.study.evidence.repeats import LAST_ROUNDS, over_repeats
+from heterosync.study.evidence.repeats import LAST_ROUNDS, over_anchors, over_repeats
 from heterosync.study.evidence.statistics import paired_test
 from heterosync.study.evidence.tables import repeats_csv
 from study_data import fake_study
@@ -69,8 +69,37 @@ def test_equal_differences_have_no_spread_to_test_by():
 
 
 def test_the_table_has_a_row_for_every_method_and_measure(study):
-    rows = list(csv.DictReader(repeats_csv(over_repeats(study, "hsl"), "hsl").splitlines()))
+    rows = list(csv.DictReader(repeats_csv(over_repeats(study, "hsl")).splitlines()))
     assert len(rows) == 12 and {row["reference"] for row in rows} == {"hsl"}
     row = next(row for row in rows if (row["label"], row["measure"]) == ("fedavg", "unseen"))
     assert float(row["reference_minus_label"]) == pytest.approx(of(study, "fedavg", "unseen").test.difference)
     assert not any("nan" in row.values() for row in rows)
+
+
+def test_a_method_is_held_against_itself_under_another_anchor(tmp_path):
+    """The pairs are repeats with the same images; scenarios that differ in more than their anchor are not compared."""
+    names = ("plain", "noise", "small")
+    sites = dict.fromkeys(names, SITES["hospitals"])
+    made = read_study(fake_study(tmp_path / "study", ("hsl", "fedavg"), names, 3, sites=sites))
+    assert over_anchors(made) == []  # three tables, none twice
+    for entry in made.plan["scenarios"]:
+        entry["scenario"] = "sites.csv"
+    made.plan["scenarios"][2]["scale"] = 0.5
+    found = {(one.scenario, one.label, one.measure): one for one in over_anchors(made)}
+    assert {scenario for scenario, _, _ in found} == {"noise"} and len(found) == 8
+    one = found["noise", "hsl", "sites"]
+    here, there = (
+        [
+            np.mean([run.tests[site]["auc"] for site in ("a", "b")])
+            for _, run in sorted(by_series(made)[name, "all"]["hsl"].items())
+        ]
+        for name in ("noise", "plain")
+    )
+    assert one.reference == "plain" and one.test.difference == pytest.approx(np.mean(there) - np.mean(here))
+    assert one.test.p == pytest.approx(ttest_1samp(np.subtract(there, here), 0).pvalue)
+
+
+def test_too_few_rounds_have_no_fluctuation(tmp_path):
+    """What is received in a round, and the last fusion, are one value each."""
+    made = read_study(fake_study(tmp_path / "study", ("hsl",), ("hospitals",), 2, sites=SITES, rounds=LAST_ROUNDS - 2))
+    assert of(made, "hsl", "fluctuation").mean is None and of(made, "hsl", "sites").mean is not None

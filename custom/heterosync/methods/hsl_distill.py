@@ -72,7 +72,7 @@ class HSLDistill(OneEncoder):
         if held:
             assert received is not None
             with torch.no_grad():
-                g2 = received.encode_both(batch.images, batch.anchor_images)[1]
+                g2 = received.encode_anchor(batch.images, batch.anchor_images)
             terms["distillation"] = self.settings.distill_weight * self._distance(model, f2, received, g2)
         return terms
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +19,24 @@ def mechanism(model: MMoE, primary: Tensor, labels: Tensor, anchor: Tensor, anch
 
     primary_gradient        |dL_primary/d encoder 1|, the L2 norm over all its weights
     anchor_gradient         |dL_anchor/d encoder 1|
-    anchor_gradient_ratio   the second over the first
+    anchor_gradient_ratio   the second over the first; both losses count 1, whatever weights the method gives them
     partner_effect          mean |change of the primary probability| when the partner image is replaced by the next one
     mixture_share           |m_1| / (|m_1| + |s_1|): part of tower 1's input that comes from the mixture, not the skip
     """
-    was_training = model.training
-    model.eval()  # no dropout, and the BatchNorm statistics stay
-    try:
+    with _evaluating(model):
         with torch.enable_grad():
             f1 = model.encode(0, primary)
             f2 = model.encode(1, anchor).detach()
             paired = torch.arange(len(f1), device=f1.device) % len(f2)  # the two batches may differ in size
             logit1, logit2 = model.decide(f1, f2[paired])
-            weights = list(model.encoders[0].parameters())
-            main = torch.autograd.grad(bce(logit1, labels), weights, retain_graph=True)
-            side = torch.autograd.grad(bce(logit2, anchor_labels[paired]), weights)
+            losses = bce(logit1, labels), bce(logit2, anchor_labels[paired])
+            found = _gradients(*losses, list(model.encoders[0].parameters()))
         with torch.no_grad():
             head = _head_copy(model)
             f1, f2, paired = f1.cpu().double(), f2.cpu().double(), paired.cpu()
             effect = torch.stack([_partner_step(head, f1, f2, shift) for shift in range(len(f2))]).mean()
             mixtures, skips = head.mix(f1, f2[paired])
-            share = mixtures[0].norm() / (mixtures[0].norm() + skips[0].norm()).clamp_min(1e-300)
-        main_norm, side_norm = _norm(main), _norm(side)
-        return {
-            "primary_gradient": float(main_norm),
-            "anchor_gradient": float(side_norm),
-            "anchor_gradient_ratio": float(side_norm / main_norm.clamp_min(1e-30)),
-            "partner_effect": float(effect),
-            "mixture_share": float(share),
-        }
-    finally:
-        model.train(was_training)
+    return found | {"partner_effect": float(effect), "mixture_share": _share(mixtures[0], skips[0])}
 
 
 def coupling(
@@ -55,27 +44,39 @@ def coupling(
 ) -> dict[str, float]:
     """The same for the network with one encoder, where no image has a partner: all but partner_effect, and
     mixture_share where there is a mixture."""
+    with _evaluating(model):
+        with torch.enable_grad():
+            f1, f2 = model.encode(0, primary), model.encode(1, anchor)
+            losses = bce(model.decide(0, f1), labels), bce(model.decide(1, f2), anchor_labels)
+            found = _gradients(*losses, list(model.encoder.parameters()))
+        if isinstance(model, SharedMMoE):
+            with torch.no_grad():
+                found["mixture_share"] = _share(*model.mix(0, f1.to(model.skips[0].weight.dtype)))
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and with the BatchNorm statistics as they are."""
     was_training = model.training
     model.eval()
     try:
-        weights = list(model.encoder.parameters())
-        with torch.enable_grad():
-            f1, f2 = model.encode(0, primary), model.encode(1, anchor)
-            main = torch.autograd.grad(bce(model.decide(0, f1), labels), weights)
-            side = torch.autograd.grad(bce(model.decide(1, f2), anchor_labels), weights)
-        main_norm, side_norm = _norm(main), _norm(side)
-        found = {
-            "primary_gradient": float(main_norm),
-            "anchor_gradient": float(side_norm),
-            "anchor_gradient_ratio": float(side_norm / main_norm.clamp_min(1e-30)),
-        }
-        if isinstance(model, SharedMMoE):
-            with torch.no_grad():
-                mixture, skip = (part.norm() for part in model.mix(0, f1.to(model.skips[0].weight.dtype)))
-            found["mixture_share"] = float(mixture / (mixture + skip).clamp_min(1e-30))
-        return found
+        yield
     finally:
         model.train(was_training)
+
+
+def _gradients(primary: Tensor, anchor: Tensor, weights: list[nn.Parameter]) -> dict[str, float]:
+    main, side = (_norm(torch.autograd.grad(loss, weights, retain_graph=True)) for loss in (primary, anchor))
+    return {
+        "primary_gradient": float(main),
+        "anchor_gradient": float(side),
+        "anchor_gradient_ratio": float(side / main.clamp_min(1e-30)),
+    }
+
+
+def _share(mixture: Tensor, skip: Tensor) -> float:
+    return float(mixture.norm() / (mixture.norm() + skip.norm()).clamp_min(1e-30))
 
 
 def _head_copy(model: MMoE) -> MMoE:

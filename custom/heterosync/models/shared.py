@@ -83,6 +83,10 @@ class SharedEncoder(nn.Module, ABC):
         f1, f2 = self.encode(0, torch.cat([primary, anchor])).split([len(primary), len(anchor)])
         return f1, f2
 
+    def encode_anchor(self, primary: Tensor, anchor: Tensor) -> Tensor:
+        """f_2 of the batches of a training step; the primary images count where they are in the same statistics."""
+        return self.encode(1, anchor) if self.apart else self.encode_both(primary, anchor)[1]
+
     def heads(self) -> list[nn.Module]:
         """What stands above the encoder."""
         return [module for name, module in self.named_children() if name != "encoder"]

@@ -20,6 +20,7 @@ from heterosync.federation.modelfile import load_model
 from heterosync.models import MMoE
 from heterosync.models.classifier import Classifier
 from heterosync.models.encoder import features as body_features
+from heterosync.models.shared import SharedEncoder
 from heterosync.training.seeds import stream
 
 POINTS = 60
@@ -65,7 +66,8 @@ def run_features(model: Path | str, sites: Iterable[Path], points: int = POINTS,
 
 
 def encoded(model: nn.Module, images: Images, rows: np.ndarray) -> np.ndarray:
-    """Encoder output (n, d) of these rows: encoder 1 of a two-task network, else what enters the last layer."""
+    """Encoder output (n, d) of these rows: of a two-task network as the primary task sees it, else what enters the last
+    layer."""
     with torch.inference_mode():
         parts = [
             _encode(model, images.batch(rows[start : start + _BATCH])).double().numpy()
@@ -75,7 +77,7 @@ def encoded(model: nn.Module, images: Images, rows: np.ndarray) -> np.ndarray:
 
 
 def _encode(model: nn.Module, batch: Tensor) -> Tensor:
-    if isinstance(model, MMoE):
+    if isinstance(model, (MMoE, SharedEncoder)):
         return model.encode(0, batch)
     if isinstance(model, Classifier):
         return body_features(model.net, batch)

@@ -1,9 +1,11 @@
-"""What a training ends at as a whole, repeat by repeat, and every method against one of them over the repeats."""
+"""What a training ends at as a whole, repeat by repeat; every method against one of them, and against itself under
+another anchor task."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +27,13 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class OverRepeats:
-    """A method over its repeats, and the reference minus it over those that both have.
+    """A method over its repeats, and what it is held against, `reference`, minus it over those that both have.
 
     sites, worst: mean and least test AUC over the sites where it is defined; unseen: AUC on the unseen images, for
     methods with a model per site the mean over these; fluctuation: standard deviation, over the last `LAST_ROUNDS`
     rounds, of the mean validation AUC of what the sites received. values: repeat -> measure; mean, sd (n - 1): over
-    those; test: of the repeats that both have, None below two.
+    those; reference: the label of another method, or the name of another scenario; test: of the repeats that both
+    have, None below two.
     """
 
     scenario: str
@@ -40,6 +43,7 @@ class OverRepeats:
     values: dict[int, float]
     mean: float | None
     sd: float | None
+    reference: str
     test: PairedTest | None
 
 
@@ -52,11 +56,42 @@ def over_repeats(study: Study, reference: str) -> list[OverRepeats]:
             made = {label: _each(outcomes, measure) for label, outcomes in series.items()}
             for label, values in made.items():
                 other = made.get(reference, {}) if label != reference else {}
-                average, sd, _ = mean_sd(list(values.values()))
-                both = sorted(other.keys() & values.keys())
-                tested = paired_test(*([side[r] for r in both] for side in (other, values))) if len(both) > 1 else None
-                found.append(OverRepeats(scenario, level, label, measure, values, average, sd, tested))
+                found.append(_held_against(reference, other, values, scenario, level, label, measure))
     return found
+
+
+def over_anchors(study: Study) -> list[OverRepeats]:
+    """Every method of a scenario with an anchor task of its own; `reference` is the first scenario of the plan that
+    differs from it in nothing else, so that the repeats have the same images, splits and first weights."""
+    series, found = by_series(study), []
+    first: dict[tuple[Any, ...], str] = {}
+    for entry in study.plan["scenarios"]:
+        name = entry["name"]
+        plain = first.setdefault((entry["scenario"], entry["scale"], entry["any_domain"]), name)
+        if plain == name:
+            continue
+        for (scenario, level), methods in series.items():
+            for label, outcomes in methods.items() if scenario == name else ():
+                others = series.get((plain, level), {}).get(label, {})
+                for measure in MEASURES:
+                    sides = _each(others, measure), _each(outcomes, measure)
+                    found.append(_held_against(plain, *sides, scenario, level, label, measure))
+    return found
+
+
+def _held_against(
+    reference: str,
+    other: dict[int, float],
+    values: dict[int, float],
+    scenario: str,
+    level: str,
+    label: str,
+    measure: str,
+) -> OverRepeats:
+    average, sd, _ = mean_sd(list(values.values()))
+    both = sorted(other.keys() & values.keys())
+    tested = paired_test(*([side[repeat] for repeat in both] for side in (other, values))) if len(both) > 1 else None
+    return OverRepeats(scenario, level, label, measure, values, average, sd, reference, tested)
 
 
 def _each(outcomes: Mapping[int, Outcome], measure: str) -> dict[int, float]:

@@ -68,12 +68,12 @@ def comparisons_csv(comparisons: Comparisons) -> str:
     return csv_table(header, rows)
 
 
-def repeats_csv(found: Sequence[OverRepeats], reference: str) -> str:
+def repeats_csv(found: Sequence[OverRepeats]) -> str:
     """One row per method and measure; p values are not corrected for the number of rows."""
     header = ["scenario", "level", "label", "measure", "repeats", "mean", "sd", "reference", "paired"]
     header += ["reference_minus_label", "t", "p_uncorrected", "ci_low", "ci_high"]
     rows = [
-        [one.scenario, one.level, one.label, one.measure, len(one.values), one.mean, one.sd, reference]
+        [one.scenario, one.level, one.label, one.measure, len(one.values), one.mean, one.sd, one.reference]
         + (list(astuple(one.test)) if one.test else [0, *[None] * 5])
         for one in found
     ]

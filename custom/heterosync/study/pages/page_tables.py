@@ -158,7 +158,7 @@ def _p(c: Comparison) -> str:
 
 
 def repeat_table(found: Sequence[OverRepeats]) -> str:
-    """Every method against the reference over the repeats, measure by measure."""
+    """Every method against its reference over the repeats, measure by measure."""
     rows = []
     for one in found:
         if one.mean is None:

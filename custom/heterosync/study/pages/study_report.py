@@ -13,7 +13,7 @@ from heterosync.study.evidence.bootstrap import RESAMPLES
 from heterosync.study.evidence.comparisons import REFERENCE, Comparisons, compare
 from heterosync.study.evidence.measures import Measurement, Summary, measurements, summaries
 from heterosync.study.evidence.outcomes import AnyOutcome, Study, read_study
-from heterosync.study.evidence.repeats import OverRepeats, over_repeats
+from heterosync.study.evidence.repeats import OverRepeats, over_anchors, over_repeats
 from heterosync.study.evidence.tables import repeats_csv, write_tables
 from heterosync.study.layout import NO_LEVEL, REPORT
 from heterosync.study.pages import html
@@ -45,6 +45,7 @@ class Results:
     summaries: list[Summary]
     comparisons: Comparisons | None
     repeats: list[OverRepeats]
+    anchors: list[OverRepeats]
     reference: str
     resamples: int
 
@@ -81,7 +82,8 @@ def study_results(
     chosen = reference or (REFERENCE if REFERENCE in labels else labels[0])
     compared = compare(study, chosen, resamples=resamples, seed=seed) if len(labels) > 1 else None
     summed = summaries(study, resamples=resamples, seed=seed)
-    return Results(study, measurements(study), summed, compared, over_repeats(study, chosen), chosen, resamples)
+    repeats, anchors = over_repeats(study, chosen), over_anchors(study)
+    return Results(study, measurements(study), summed, compared, repeats, anchors, chosen, resamples)
 
 
 def write_study_report(
@@ -147,6 +149,7 @@ def study_dict(results: Results) -> dict[str, Any]:
         "summaries": [asdict(one) for one in results.summaries],
         "comparisons": [asdict(one) for one in results.comparisons.pairs] if results.comparisons else [],
         "over_repeats": [asdict(one) | {"test": one.test and one.test.to_dict()} for one in results.repeats],
+        "over_anchors": [asdict(one) | {"test": one.test and one.test.to_dict()} for one in results.anchors],
         "pairs_tested": results.comparisons.tested() if results.comparisons else 0,
     }
 
@@ -243,7 +246,14 @@ def _repeat_section(results: Results) -> html.Section:
         "bootstrap above asks whether it would with other test images. With three repeats or so only large differences "
         f"can show. p values are not corrected for the number of rows. As numbers: {TABLES}/repeats.csv."
     )
-    return html.Section("Over the repeats", [html.paragraph(text), repeat_table(results.repeats)])
+    parts = [html.paragraph(text), repeat_table(results.repeats)]
+    if results.anchors:
+        text = (
+            "Every method with another anchor task: the scenario that differs in nothing else, minus this one, over "
+            f"the same repeats. As numbers: {TABLES}/anchors.csv."
+        )
+        parts += [html.paragraph(text), repeat_table(results.anchors)]
+    return html.Section("Over the repeats", parts)
 
 
 def method_section(outcomes: Iterable[AnyOutcome]) -> html.Section:
@@ -262,13 +272,15 @@ def setting_section(info: Mapping[str, Any], outcomes: Sequence[AnyOutcome]) -> 
 
 
 def _more_tables(results: Results, numbers: Sequence[MapNumbers], folder: Path) -> list[Path]:
-    """repeats.csv, methods.csv, settings.csv, missing.csv and, where there are maps, maps.csv."""
+    """repeats.csv, methods.csv, settings.csv, missing.csv and, where there is something, anchors.csv and maps.csv."""
     texts = {
-        "repeats.csv": repeats_csv(results.repeats, results.reference),
+        "repeats.csv": repeats_csv(results.repeats),
         "methods.csv": csv_table(*method_rows(results.study.outcomes)),
         "settings.csv": csv_table(*setting_rows(results.study.info, results.study.outcomes)),
         "missing.csv": csv_table(["problem"], [[line] for line in results.problems]),
     }
+    if results.anchors:
+        texts["anchors.csv"] = repeats_csv(results.anchors)
     if numbers:
         texts["maps.csv"] = csv_table([item.name for item in fields(MapNumbers)], [astuple(one) for one in numbers])
     return [write_text(folder / name, text) for name, text in texts.items()]
