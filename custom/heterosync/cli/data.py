@@ -62,7 +62,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--control",
         choices=("shuffled_labels", "noise_pixels"),
-        help="take away what can be learnt, to see what an anchor task is worth (docs/anchor.md)",
+        help="take away what generalises, to see what an anchor task is worth (docs/anchor.md)",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
 

@@ -10,7 +10,7 @@ from heterosync.data.grey import to_uint8
 
 #: name -> what it does, in words.
 CONTROLS = {
-    "shuffled_labels": "the labels stand beside other pictures: the task is public, but cannot be learnt",
+    "shuffled_labels": "the labels stand beside other pictures: the task is public, and nothing in it generalises",
     "noise_pixels": "every picture is noise of its size: there is nothing to see",
 }
 
