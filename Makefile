@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/heterosync demo --out build/demo
 
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=40
 
 drill: $(VENV)/.installed-dev
 	$(TEST_ENV) DRILL_RECORD=docs/drill.txt $(ISOLATED) $(abspath $(BIN))/python -m pytest -m "secure or drill" -v --tb=short
