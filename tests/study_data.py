@@ -82,7 +82,9 @@ def fake_study(
         for repeat in range(repeats)
         for label in methods
     ]
-    entries = [{"scenario": name, "name": name, "scale": None, "any_domain": False} for name in scenarios]
+    entries = [
+        {"scenario": name, "name": name, "scale": None, "anchor": None, "any_domain": False} for name in scenarios
+    ]
     plan = {"name": "toy", "methods": list(methods), "scenarios": entries, "seeds": list(range(repeats))}
     runs = {spec.folder(folder).relative_to(folder).as_posix(): spec.digest for spec in specs}
     cells = {(spec.scenario, spec.level, spec.repeat): dict(sites[spec.scenario]) for spec in specs}

@@ -103,6 +103,16 @@ def test_without_distillation_it_is_hsl_shared(statistics: str) -> None:
     assert not same(state("hsl_distill", own), parent)
 
 
+@pytest.mark.parametrize("statistics", ["task", "shared"])
+def test_the_teacher_sees_the_anchor_images_as_in_a_step(statistics: str) -> None:
+    """Of the primary images only what they do to common statistics counts, and with statistics of each task nothing."""
+    model, one = SharedMMoE("resnet_tiny", statistics=statistics).train(), batch()
+    both = copy.deepcopy(model).encode_both(one.images, one.anchor_images)[1]
+    torch.testing.assert_close(model.encode_anchor(one.images, one.anchor_images), both, rtol=0, atol=0)
+    other = model.encode_anchor(images(8, 9), one.anchor_images)
+    assert torch.equal(other, both) == (statistics == "task")
+
+
 @pytest.mark.parametrize("name", ["hsl_shared", "hsl_distill"])
 def test_linear_heads_without_weight_are_equal_averaging(name: str) -> None:
     """The plain classifier and nothing else, tensor by tensor: what the anchor then adds is the anchor's alone."""

@@ -84,6 +84,9 @@ def test_a_method_is_held_against_itself_under_another_anchor(tmp_path):
     assert over_anchors(made) == []  # three tables, none twice
     for entry in made.plan["scenarios"]:
         entry["scenario"] = "sites.csv"
+    assert over_anchors(made) == []  # one table, one anchor task
+    made.plan["scenarios"][1]["anchor"] = {"control": "noise_pixels"}
+    made.plan["scenarios"][2]["anchor"] = {"control": "noise_pixels"}
     made.plan["scenarios"][2]["scale"] = 0.5
     found = {(one.scenario, one.label, one.measure): one for one in over_anchors(made)}
     assert {scenario for scenario, _, _ in found} == {"noise"} and len(found) == 8

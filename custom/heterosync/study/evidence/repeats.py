@@ -64,11 +64,11 @@ def over_anchors(study: Study) -> list[OverRepeats]:
     """Every method of a scenario with an anchor task of its own; `reference` is the first scenario of the plan that
     differs from it in nothing else, so that the repeats have the same images, splits and first weights."""
     series, found = by_series(study), []
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in study.plan["scenarios"]:
-        name = entry["name"]
-        plain = first.setdefault((entry["scenario"], entry["scale"], entry["any_domain"]), name)
-        if plain == name:
+        other = first.setdefault((entry["scenario"], entry["scale"], entry["any_domain"]), entry)
+        name, plain = entry["name"], other["name"]
+        if entry["anchor"] == other["anchor"]:
             continue
         for (scenario, level), methods in series.items():
             for label, outcomes in methods.items() if scenario == name else ():
