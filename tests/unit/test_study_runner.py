@@ -335,10 +335,10 @@ import pathlib, sys, time
 from heterosync.study.running.one import Watch
 folder = pathlib.Path(sys.argv[1])
 with Watch(folder, folder):
-    time.sleep(60)
+    time.sleep(120)
 """
     environment = {**Machine([]).environment(0, 1), PARENT: "1"}
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, timeout=50)
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, timeout=100)
     assert ended.returncode == -signal.SIGTERM
     assert json.loads((tmp_path / "progress.json").read_text())["peak_memory_bytes"] > 0
 
