@@ -60,9 +60,9 @@ class Echo(Executor):
 
 def measure(sites: int, rounds: int, backbone: str, folder: Path) -> dict[str, float]:
     """Seconds per round (median without round 0), seconds in all, and the peak resident memory of the server in MiB."""
-    from heterosync.flare.job import build_job
-    from heterosync.flare.job_options import JobOptions
-    from heterosync.flare.simulator import simulate
+    from heterosync.flare.jobs.builder import build_job
+    from heterosync.flare.jobs.options import JobOptions
+    from heterosync.flare.running.simulator import simulate
 
     training = {"rounds": rounds, "backbone": backbone, "weights": "none", "precision": "float32"}
     job = build_job("hsl", folder / "job", JobOptions(training=training))

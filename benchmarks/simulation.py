@@ -20,9 +20,9 @@ from benchmarks.table import Measurement
 def run(quick: bool = False) -> list[Measurement]:
     from heterosync.data.synthetic import make_alliance
     from heterosync.federation.runner import run_inprocess
-    from heterosync.flare.job import build_job
-    from heterosync.flare.job_options import JobOptions
-    from heterosync.flare.simulator import simulate
+    from heterosync.flare.jobs.builder import build_job
+    from heterosync.flare.jobs.options import JobOptions
+    from heterosync.flare.running.simulator import simulate
 
     training: dict[str, Any] = {"image_size": 64, "weights": "none", "rounds": 4, "local_epochs": 5, "batch_size": 32}
     scale = 1.0

@@ -23,14 +23,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.kit import Kit, seal
-from heterosync.flare.poc import free_port
-from heterosync.flare.processes import MARK, end_marked, marked, package_environment
-from heterosync.flare.project import Server, loopback, make_project
-from heterosync.flare.provision import provision
-from heterosync.flare.session import AdminSession, JobEnd, admin_session
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.kits.kit import Kit, seal
+from heterosync.flare.kits.project import Server, loopback, make_project
+from heterosync.flare.kits.provision import provision
+from heterosync.flare.running.poc import free_port
+from heterosync.flare.running.processes import MARK, end_marked, marked, package_environment
+from heterosync.flare.running.session import AdminSession, JobEnd, admin_session
 from toys import SMOKE
 
 NAME, SERVER, ADMIN = "toys", "localhost", "chief@toys.org"

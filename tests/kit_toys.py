@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from heterosync.flare.project import loopback, make_project
-from heterosync.flare.provision import provision
+from heterosync.flare.kits.project import loopback, make_project
+from heterosync.flare.kits.provision import provision
 
 SITES = """\
 site,org,admin,lead,member

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from heterosync.errors import UserError
-from heterosync.flare.job import build_job
-from heterosync.flare.job_folder import read_learning
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.simulator import simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.folder import read_learning
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running.simulator import simulate
 from toys import SMOKE, toy_alliance
 
 

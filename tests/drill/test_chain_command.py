@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from federation_toys import ADMIN, SERVER, Federation, federation, job_of, model_digest, oracle, until
-from heterosync.flare.chain import STATE
-from heterosync.flare.processes import package_environment
-from heterosync.flare.session import COMPLETED
+from heterosync.flare.running.chain import STATE
+from heterosync.flare.running.processes import package_environment
+from heterosync.flare.running.session import COMPLETED
 from toys import SMOKE
 
 pytestmark = [pytest.mark.drill]

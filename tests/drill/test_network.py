@@ -9,9 +9,9 @@ import pytest
 
 from drill.wire import NEAR, Wire, why_not, wire
 from federation_toys import Federation, contributors, federation, job_of, model_digest, oracle
-from heterosync.flare.poc import free_port
-from heterosync.flare.project import Server
-from heterosync.flare.session import COMPLETED
+from heterosync.flare.kits.project import Server
+from heterosync.flare.running.poc import free_port
+from heterosync.flare.running.session import COMPLETED
 from toys import SMOKE
 
 pytestmark = [pytest.mark.drill]

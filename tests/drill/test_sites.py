@@ -15,9 +15,9 @@ import torch
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from federation_toys import SERVER, Federation, contributors, federation, job_of, until
-from heterosync.flare.kit import seal
-from heterosync.flare.processes import package_environment
-from heterosync.flare.session import COMPLETED
+from heterosync.flare.kits.kit import seal
+from heterosync.flare.running.processes import package_environment
+from heterosync.flare.running.session import COMPLETED
 from toys import SMOKE
 
 pytestmark = [pytest.mark.drill]

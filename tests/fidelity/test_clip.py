@@ -21,8 +21,8 @@ from heterosync.federation.runner import run_inprocess
 from heterosync.federation.server import Server
 from heterosync.federation.site import SiteTrainer
 from heterosync.federation.wire import payload_bytes
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.job_readme import readme
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.jobs.readme import readme
 from heterosync.methods import make_method
 from heterosync.methods.clip import Clip
 from heterosync.models.clip import SHAPES, ImageTower, Shape

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from federation_toys import Federation, federation, job_of, model_digest, oracle
-from heterosync.flare.processes import package_environment
-from heterosync.flare.session import COMPLETED
+from heterosync.flare.running.processes import package_environment
+from heterosync.flare.running.session import COMPLETED
 from toys import SMOKE, toy_alliance
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.secure]

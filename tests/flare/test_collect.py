@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from heterosync.flare import collect
-from heterosync.flare.collect import collect_results
+from heterosync.flare.running import collect
+from heterosync.flare.running.collect import collect_results
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from heterosync.errors import ProblemList
-from heterosync.flare import kit
+from heterosync.flare.kits import kit
 from kit_toys import run, toy_kits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_image_and_service_start_a_script_that_is_in_the_kit(kits, participant):
     for words, place in ((yaml.safe_load(command), "/kit"), (shlex.split(service), of_unit("WorkingDirectory")[0])):
         assert words[-1] == "--once"
         script = kits / participant / Path(words[-2]).relative_to(place)
-        assert "--once)" in script.read_text() and "heterosync.flare.kit" in script.read_text()
+        assert "--once)" in script.read_text() and "heterosync.flare.kits.kit" in script.read_text()
 
 
 def test_the_service_writes_to_the_kit_only_and_not_to_its_keys(kits):

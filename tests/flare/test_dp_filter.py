@@ -18,9 +18,9 @@ from heterosync.federation.runner import run_inprocess
 from heterosync.flare import messages
 from heterosync.flare.dp_filter import NoisyUpdateFilter
 from heterosync.flare.filters import OutboundFilter
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.simulator import simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running.simulator import simulate
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 from toys import SMOKE, toy_alliance

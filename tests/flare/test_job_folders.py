@@ -13,10 +13,10 @@ from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
 
 from heterosync.cli import main
 from heterosync.errors import UserError
-from heterosync.flare import allowlist
-from heterosync.flare.job import all_jobs, build_job, job_name
-from heterosync.flare.job_folder import is_swarm, read_learning
-from heterosync.flare.job_options import JobOptions
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.jobs.builder import all_jobs, build_job, job_name
+from heterosync.flare.jobs.folder import is_swarm, read_learning
+from heterosync.flare.jobs.options import JobOptions
 from heterosync.methods import method_names
 from segment_toys import smoke
 

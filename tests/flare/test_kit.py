@@ -13,8 +13,8 @@ from nvflare.private.fed.client.shell_cmd import ShellCommandProcessor
 
 from heterosync.cli import main
 from heterosync.errors import ProblemList, UserError
-from heterosync.flare import kit
-from heterosync.flare.kit_guard import KitGuard
+from heterosync.flare.kits import kit
+from heterosync.flare.kits.guard import KitGuard
 from kit_toys import copy_kit, run, toy_kits
 
 

@@ -22,9 +22,10 @@ from nvflare.lighter.utils import (
 )
 
 from heterosync.cli import main
-from heterosync.flare import kit, kit_doctor
-from heterosync.flare.kit_doctor import NOTE, OK, PROBLEM, Finding, examine_kit
-from heterosync.flare.provision import state_file
+from heterosync.flare.kits import doctor as kit_doctor
+from heterosync.flare.kits import kit
+from heterosync.flare.kits.doctor import NOTE, OK, PROBLEM, Finding, examine_kit
+from heterosync.flare.kits.provision import state_file
 from kit_toys import NAME, copy_kit, free_port, toy_kits
 
 DAY = datetime.timedelta(days=1)

@@ -13,9 +13,9 @@ import torch
 import heterosync.methods as methods
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.simulator import simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running.simulator import simulate
 from interface_toys import Everything
 from toys import SMOKE, toy_alliance
 

@@ -19,8 +19,8 @@ from flare_toys import bare_environment
 from heterosync.cli import main
 from heterosync.federation.modelfile import load_model
 from heterosync.flare import messages
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
 from toys import SMOKE, toy_alliance
 
 ROOT = Path(__file__).resolve().parents[2]

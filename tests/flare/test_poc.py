@@ -18,12 +18,12 @@ from federation_toys import model_digest
 from heterosync.errors import UserError
 from heterosync.federation.runner import run_inprocess
 from heterosync.files import write_json, write_text
-from heterosync.flare import policy
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.poc import COMMANDS, SERVER, _Poc, _project, free_port, run_poc
-from heterosync.flare.processes import package_environment
-from heterosync.flare.simulator import simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.kits import policy
+from heterosync.flare.running.poc import COMMANDS, SERVER, _Poc, _project, free_port, run_poc
+from heterosync.flare.running.processes import package_environment
+from heterosync.flare.running.simulator import simulate
 from toys import SMOKE, toy_alliance
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.poc]
@@ -107,7 +107,7 @@ def test_a_job_that_cannot_start_leaves_one_cause_and_no_process(tmp_path):
     job = build_job("local", tmp_path / "job", JobOptions(training=SMOKE))
     path = job / "app" / "config" / "config_fed_server.json"
     config = json.loads(path.read_text())
-    config["components"].append({"id": "x", "path": "heterosync.flare.poc.run_poc", "args": {}})
+    config["components"].append({"id": "x", "path": "heterosync.flare.running.poc.run_poc", "args": {}})
     write_json(path, config)
     with pytest.raises(UserError, match="not in allow_list"):
         run_poc(job, data, tmp_path / "poc", timeout=120, say=lambda line: None)

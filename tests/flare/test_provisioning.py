@@ -16,9 +16,10 @@ from nvflare.security.security import FLAuthorizer
 
 from heterosync.cli import main
 from heterosync.errors import ProblemList, UserError
-from heterosync.flare import allowlist, kit, policy
-from heterosync.flare.project import Server, make_project, project_text, read_project, read_sites, with_server
-from heterosync.flare.provision import provision, renew, state_file
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.kits import kit, policy
+from heterosync.flare.kits.project import Server, make_project, project_text, read_project, read_sites, with_server
+from heterosync.flare.kits.provision import provision, renew, state_file
 from kit_toys import ADMIN, NAME, toy_kits, toy_project, write_sites
 
 ROOT = Path(__file__).resolve().parents[2] / "provisioning"
@@ -172,7 +173,7 @@ def test_resources_of_site_and_server(kits: Path) -> None:
 
 
 def test_a_server_stores_inside_its_kit(kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from heterosync.flare.storage import WorkspaceJobs, WorkspaceStorage
+    from heterosync.flare.kits.storage import WorkspaceJobs, WorkspaceStorage
 
     server = read(kits / "localhost" / "local" / "resources.json")
     (manager,) = [part for part in server["components"] if part["id"] == "job_manager"]

@@ -12,7 +12,8 @@ import pytest
 from nvflare.lighter.utils import load_crt
 
 from heterosync.errors import ProblemList
-from heterosync.flare import allowlist, kit, policy
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.kits import kit, policy
 from kit_toys import run
 
 ROOT = Path(__file__).resolve().parents[2] / "provisioning"

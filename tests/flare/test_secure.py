@@ -29,10 +29,10 @@ from federation_toys import (
 from heterosync.errors import UserError
 from heterosync.federation.runner import run_inprocess
 from heterosync.files import write_json
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.segments import segment_job
-from heterosync.flare.session import COMPLETED
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.jobs.segments import segment_job
+from heterosync.flare.running.session import COMPLETED
 from segment_toys import TINY, receiving, toy_volume_alliance
 from toys import SMOKE
 

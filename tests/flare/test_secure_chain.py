@@ -9,10 +9,10 @@ import pytest
 
 from federation_toys import SERVER, federation, model_digest
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.chain import LOST, STATE, Chain
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.session import COMPLETED
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running.chain import LOST, STATE, Chain
+from heterosync.flare.running.session import COMPLETED
 from toys import SMOKE, toy_alliance
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.secure]

@@ -21,8 +21,8 @@ from federation_toys import (
     model_digest,
     oracle,
 )
-from heterosync.flare.processes import package_environment
-from heterosync.flare.session import COMPLETED
+from heterosync.flare.running.processes import package_environment
+from heterosync.flare.running.session import COMPLETED
 from toys import SMOKE
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.secure]

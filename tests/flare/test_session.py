@@ -12,8 +12,8 @@ from nvflare.fuel.common.excepts import ConfigError
 from nvflare.fuel.flare_api import api_spec
 
 from heterosync.errors import UserError
-from heterosync.flare import session
-from heterosync.flare.session import AdminSession, ServerFailed, Unreachable
+from heterosync.flare.running import session
+from heterosync.flare.running.session import AdminSession, ServerFailed, Unreachable
 
 FROM_ELSEWHERE = [ConnectionResetError, TimeoutError, RuntimeError, FLCommunicationError, ConfigError]
 ITS_OWN = [kind for _, kind in inspect.getmembers(api_spec, inspect.isclass) if issubclass(kind, Exception)]

@@ -15,9 +15,9 @@ import torch
 
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.simulator import SimulationFailed, SimulationResult, simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running.simulator import SimulationFailed, SimulationResult, simulate
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 from toys import SMOKE, toy_alliance

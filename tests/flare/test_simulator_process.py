@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from heterosync.flare import simulator, simulator_process
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.simulator import SimulationFailed, simulate
-from heterosync.flare.simulator_process import Output
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running import simulator, simulator_process
+from heterosync.flare.running.simulator import SimulationFailed, simulate
+from heterosync.flare.running.simulator_process import Output
 from toys import toy_alliance
 
 EXECUTOR = "heterosync.flare.executor.HeteroSyncExecutor"
@@ -125,7 +125,7 @@ def test_ctrl_c_and_terminate_leave_nothing(fake: dict, tmp_path: Path, number: 
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from heterosync.flare import simulator_process\n"
         f"simulator_process.COMMAND = {simulator_process.COMMAND!r}\n"
-        "from heterosync.flare.simulator import simulate\n"
+        "from heterosync.flare.running.simulator import simulate\n"
         f"simulate({str(fake['job'])!r}, {str(fake['workspace'])!r}, ['site-a'], {str(fake['data'])!r})\n"
     )
     paths = os.pathsep.join(filter(None, sys.path))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from heterosync.flare import simulator_process
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.simulator import SimulationFailed, simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running import simulator_process
+from heterosync.flare.running.simulator import SimulationFailed, simulate
 from toys import toy_alliance
 
 

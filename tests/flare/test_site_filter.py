@@ -17,12 +17,13 @@ from nvflare.fuel.utils.class_utils import instantiate_class
 
 from flare_toys import fake_context
 from heterosync.errors import HeteroSyncError, UserError
-from heterosync.flare import allowlist, messages
+from heterosync.flare import messages
 from heterosync.flare.dp_filter import RELEASES_FILE
 from heterosync.flare.filters import SITE_AUDIT_FILE
-from heterosync.flare.job import client_config
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.policy import SITE_FILTER
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.jobs.builder import client_config
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.kits.policy import SITE_FILTER
 from heterosync.flare.site_filter import SiteOutboundFilter, SitePeerGate
 from heterosync.methods import make_method, method_names
 from heterosync.training.settings import TrainingSettings

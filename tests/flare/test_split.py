@@ -21,10 +21,10 @@ from heterosync.federation.runner import run_inprocess
 from heterosync.federation.split import Tail
 from heterosync.flare import messages
 from heterosync.flare.filters import OutboundFilter
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.segments import segment_job
-from heterosync.flare.simulator import JOB_ID, SimulationFailed, SimulationResult, simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.jobs.segments import segment_job
+from heterosync.flare.running.simulator import JOB_ID, SimulationFailed, SimulationResult, simulate
 from heterosync.flare.split import STEP, Desk, ask_server
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings

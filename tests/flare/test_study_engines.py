@@ -18,7 +18,7 @@ from heterosync.cli.study_engine import Simulator
 from heterosync.errors import UserError
 from heterosync.federation.initial import state_hash
 from heterosync.federation.modelfile import load_model
-from heterosync.flare.processes import package_environment
+from heterosync.flare.running.processes import package_environment
 from heterosync.methods import GROUPS, METHODS, Method, method_names
 from heterosync.study.layout import read_done, read_predictions
 from heterosync.study.running.engines import InProcess, Task, Trained

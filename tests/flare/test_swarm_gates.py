@@ -25,10 +25,10 @@ from heterosync.errors import HeteroSyncError, UserError
 from heterosync.federation.checkin import compare
 from heterosync.federation.wire import WirePolicy
 from heterosync.flare import messages
-from heterosync.flare.job import build_job
-from heterosync.flare.job_folder import is_swarm
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.simulator import simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.folder import is_swarm
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running.simulator import simulate
 from heterosync.flare.swarm import SwarmController
 from heterosync.flare.swarm_site import PeerGate, ServerGate, SwarmAggregator, SwarmExecutor
 from heterosync.methods import make_method

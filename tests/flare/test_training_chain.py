@@ -23,14 +23,14 @@ from heterosync.federation.modelfile import load_model, save_model
 from heterosync.federation.results import read_history
 from heterosync.federation.trainings import SEGMENT_DONE
 from heterosync.flare import messages
-from heterosync.flare.chain import LOST, STATE, Chain
 from heterosync.flare.controller import GONE
 from heterosync.flare.executor import DATA_ROOT, HeteroSyncExecutor
-from heterosync.flare.job import build_job
-from heterosync.flare.job_folder import read_learning
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.segments import segment_job, training_id_of
-from heterosync.flare.session import COMPLETED, JobEnd, Unreachable
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.folder import read_learning
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.jobs.segments import segment_job, training_id_of
+from heterosync.flare.running.chain import LOST, STATE, Chain
+from heterosync.flare.running.session import COMPLETED, JobEnd, Unreachable
 from heterosync.methods import make_method
 from heterosync.training.settings import TrainingSettings
 from toys import SMOKE, toy_site

@@ -13,10 +13,10 @@ from heterosync.errors import UserError
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.results import read_history
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.segments import segment_job
-from heterosync.flare.simulator import JOB_ID, simulate
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.jobs.segments import segment_job
+from heterosync.flare.running.simulator import JOB_ID, simulate
 from toys import SMOKE, toy_alliance
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow]

@@ -10,9 +10,9 @@ import pytest
 
 from federation_toys import model_digest
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import build_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.poc import run_poc
+from heterosync.flare.jobs.builder import build_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.running.poc import run_poc
 from segment_toys import TINY, receiving, toy_volume_alliance
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow, pytest.mark.poc]

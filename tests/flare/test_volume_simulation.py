@@ -11,8 +11,8 @@ import torch
 from heterosync.federation.modelfile import load_model
 from heterosync.federation.results import read_history
 from heterosync.federation.runner import run_inprocess
-from heterosync.flare.job import JobOptions, build_job
-from heterosync.flare.simulator import simulate
+from heterosync.flare.jobs.builder import JobOptions, build_job
+from heterosync.flare.running.simulator import simulate
 from segment_toys import TINY, receiving, toy_volume_alliance
 
 pytestmark = [pytest.mark.flare, pytest.mark.slow]

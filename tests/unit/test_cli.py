@@ -181,8 +181,8 @@ def test_weights_may_be_a_file_of_the_sites_only(tmp_path):
 
 
 def test_job_export_writes_what_the_builder_writes(tmp_path, capsys):
-    from heterosync.flare.job import build_job
-    from heterosync.flare.job_options import JobOptions
+    from heterosync.flare.jobs.builder import build_job
+    from heterosync.flare.jobs.options import JobOptions
 
     arguments = ["job", "export", "hsl", "--out", str(tmp_path / "out"), "--rounds", "3", "--min-clients", "2"]
     assert main([*arguments, "--set", "image_size=32", "--set", "backbone=resnet_tiny", "--set", "temperature=2"]) == 0

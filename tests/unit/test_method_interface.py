@@ -20,7 +20,7 @@ from heterosync.federation.modelfile import load_model
 from heterosync.federation.runner import run_inprocess
 from heterosync.federation.server import Server, memory_of
 from heterosync.federation.wire import METRICS
-from heterosync.flare.job import obstacle
+from heterosync.flare.jobs.builder import obstacle
 from heterosync.methods import METHODS, make_method
 from heterosync.methods.answer import Answer, mean
 from heterosync.methods.base import COMMON_LEAVES, SCALAR_LEAVES, Method

@@ -107,7 +107,7 @@ def _add_server(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _server(arguments: argparse.Namespace) -> Any:
     """The server that the command line names, or None."""
-    from heterosync.flare.project import PORT, Server, loopback
+    from heterosync.flare.kits.project import PORT, Server, loopback
 
     port = arguments.port or PORT
     if arguments.loopback and arguments.server:
@@ -122,7 +122,7 @@ def _server(arguments: argparse.Namespace) -> Any:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.project import PROJECT, make_project, write_project
+    from heterosync.flare.kits.project import PROJECT, make_project, write_project
 
     server = _server(arguments)
     if server is None:
@@ -135,8 +135,8 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _provision(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.project import read_project, with_server, write_project
-    from heterosync.flare.provision import provision
+    from heterosync.flare.kits.project import read_project, with_server, write_project
+    from heterosync.flare.kits.provision import provision
 
     project, server = read_project(arguments.project), _server(arguments)
     if server is not None:
@@ -148,8 +148,8 @@ def _provision(arguments: argparse.Namespace) -> None:
 
 
 def _add(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.project import read_project, with_sites, write_project
-    from heterosync.flare.provision import provision, state_file
+    from heterosync.flare.kits.project import read_project, with_sites, write_project
+    from heterosync.flare.kits.provision import provision, state_file
 
     project = read_project(arguments.project)
     state = state_file(arguments.out, project["name"])
@@ -162,15 +162,15 @@ def _add(arguments: argparse.Namespace) -> None:
 
 
 def _renew(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.project import read_project
-    from heterosync.flare.provision import renew
+    from heterosync.flare.kits.project import read_project
+    from heterosync.flare.kits.provision import renew
 
     project = read_project(arguments.project)
     _report(project, arguments, renew(project, arguments.out, arguments.of))
 
 
 def _report(project: dict[str, Any], arguments: argparse.Namespace, result: tuple[list[Path], str]) -> None:
-    from heterosync.flare.provision import state_file
+    from heterosync.flare.kits.provision import state_file
 
     kits, fingerprint = result
     if arguments.json:
@@ -188,7 +188,7 @@ def _roll(project: dict[str, Any]) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.kit import REMEDY, Kit, verify
+    from heterosync.flare.kits.kit import REMEDY, Kit, verify
 
     kit = Kit(arguments.kit)
     try:
@@ -199,8 +199,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _secure(arguments: argparse.Namespace) -> None:
-    from heterosync.flare import kit
-    from heterosync.flare.policy import secure
+    from heterosync.flare.kits import kit
+    from heterosync.flare.kits.policy import secure
 
     secure(arguments.kit)
     _say_verified(kit.verify(arguments.kit, kit.SITE), arguments.json)

@@ -42,8 +42,8 @@ def register_run(group: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.chain import Chain
-    from heterosync.flare.session import admin_session
+    from heterosync.flare.running.chain import Chain
+    from heterosync.flare.running.session import admin_session
     from heterosync.study.pages.report import read_runs, report_text
 
     say = (lambda line: None) if arguments.json else print

@@ -118,7 +118,7 @@ def _settings_of(name: str) -> dict[str, dict[str, Any]]:
     """Defaults of everything that `--set` knows: kind -> name -> value; the list of `describe` and of error lines."""
     from dataclasses import asdict
 
-    from heterosync.flare.job_options import JobOptions
+    from heterosync.flare.jobs.options import JobOptions
     from heterosync.methods import make_method
 
     method = make_method(name)
@@ -141,7 +141,7 @@ def _choices(name: str) -> dict[str, list[str]]:
     """Settings that take one of a few words: name -> the words."""
     from dataclasses import fields
 
-    from heterosync.flare.job_options import TOPOLOGIES
+    from heterosync.flare.jobs.options import TOPOLOGIES
     from heterosync.methods import make_method
 
     method = make_method(name)
@@ -187,7 +187,7 @@ def _describe(arguments: argparse.Namespace) -> None:
 def job_options(name: str, settings: dict[str, Any]) -> Any:
     """Sort `--set` pairs into settings of the method, of the training and of the job. Raises `UserError` for an
     unknown name."""
-    from heterosync.flare.job_options import JobOptions
+    from heterosync.flare.jobs.options import JobOptions
 
     known = _settings_of(name)
     sorted_: dict[str, dict[str, Any]] = {kind: {} for kind in known}
@@ -202,8 +202,8 @@ def job_options(name: str, settings: dict[str, Any]) -> Any:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.job import all_jobs, build_job, check_job, job_name
-    from heterosync.flare.job_folder import replaces_job
+    from heterosync.flare.jobs.builder import all_jobs, build_job, check_job, job_name
+    from heterosync.flare.jobs.folder import replaces_job
     from heterosync.methods import method_names
 
     if bool(arguments.method) == arguments.all:
@@ -227,7 +227,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.segments import job_of, segment_job
+    from heterosync.flare.jobs.segments import job_of, segment_job
 
     training, job = arguments.training, arguments.job
     if Path(training).is_dir():

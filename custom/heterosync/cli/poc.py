@@ -41,8 +41,8 @@ def register(commands: Any) -> None:
 def _poc(arguments: argparse.Namespace) -> None:
     from heterosync.data.synthetic import make_alliance
     from heterosync.files import own_folder
-    from heterosync.flare.job import build_job
-    from heterosync.flare.poc import run_poc
+    from heterosync.flare.jobs.builder import build_job
+    from heterosync.flare.running.poc import run_poc
     from heterosync.study.demo import TRAINING
 
     job, data, out = Path(arguments.job), arguments.data, arguments.out

@@ -119,8 +119,8 @@ def put_partners_in(results: Path, anchor: Path) -> None:
 def _simulate(arguments: argparse.Namespace) -> None:
     import tempfile
 
-    from heterosync.flare.segments import segment_job
-    from heterosync.flare.simulator import JOB_ID, simulate
+    from heterosync.flare.jobs.segments import segment_job
+    from heterosync.flare.running.simulator import JOB_ID, simulate
 
     data = _data_folder(arguments.data)
     sites = list(arguments.sites or sites_in(data))
@@ -150,9 +150,9 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from heterosync.flare.job import build_job
-    from heterosync.flare.job_options import JobOptions
-    from heterosync.flare.simulator import simulate
+    from heterosync.flare.jobs.builder import build_job
+    from heterosync.flare.jobs.options import JobOptions
+    from heterosync.flare.running.simulator import simulate
     from heterosync.study.demo import run_demo
 
     def run_job(
@@ -184,7 +184,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from heterosync.flare.allowlist import class_allow_list
+    from heterosync.flare.jobs.allowlist import class_allow_list
     from heterosync.study.doctor import PROBLEM, examine
 
     if arguments.kit is not None:
@@ -203,9 +203,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _examine_kit(arguments: argparse.Namespace) -> list[Any]:
     """What the doctor finds about a kit, and about this machine as far as the kit's owner needs it."""
-    from heterosync.flare import kit_doctor
-    from heterosync.flare.allowlist import class_allow_list
-    from heterosync.flare.kit import Kit
+    from heterosync.flare.jobs.allowlist import class_allow_list
+    from heterosync.flare.kits import doctor as kit_doctor
+    from heterosync.flare.kits.kit import Kit
     from heterosync.study.doctor import Check, examine
 
     kit = Kit(arguments.kit)

@@ -18,7 +18,7 @@ class Simulator:
 
     def record(self, work: Path) -> Path:
         """The folder with the run.json of a simulation that is going on."""
-        from heterosync.flare.simulator import JOB_ID
+        from heterosync.flare.running.simulator import JOB_ID
 
         return work / "workspace" / "server" / JOB_ID
 
@@ -28,10 +28,10 @@ class Simulator:
         from heterosync.federation.results import RUN
         from heterosync.federation.trainings import SERVER
         from heterosync.files import link_file
-        from heterosync.flare.collect import status_of
-        from heterosync.flare.job import JobOptions, build_job
-        from heterosync.flare.segments import segment_job
-        from heterosync.flare.simulator import JOB_ID, simulate
+        from heterosync.flare.jobs.builder import JobOptions, build_job
+        from heterosync.flare.jobs.segments import segment_job
+        from heterosync.flare.running.collect import status_of
+        from heterosync.flare.running.simulator import JOB_ID, simulate
         from heterosync.study.running.engines import Trained
 
         workspace = task.work / "workspace"

@@ -19,10 +19,10 @@ from nvflare.fuel.utils.config_factory import ConfigFactory
 
 from heterosync.errors import UserError, nearest
 from heterosync.federation.wire import METRICS, payload_bytes
-from heterosync.flare import allowlist
 from heterosync.flare.dp_filter import NOISED, NoisyUpdate
 from heterosync.flare.filters import SITE_AUDIT_FILE, OutboundFilter, blocked
-from heterosync.flare.job import obstacle
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.jobs.builder import obstacle
 from heterosync.flare.swarm_site import PeerGate, ServerGate
 from heterosync.methods import make_method, method_names
 from heterosync.methods.base import Method

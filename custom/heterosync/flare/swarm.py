@@ -15,7 +15,7 @@ from nvflare.app_common.ccwf.swarm_server_ctl import SwarmServerController
 from heterosync.errors import UserError
 from heterosync.flare import messages
 from heterosync.flare.causes import Stopped, cause_of
-from heterosync.flare.job import obstacle
+from heterosync.flare.jobs.builder import obstacle
 from heterosync.flare.supervised import CHECK_PERIOD, Supervision
 from heterosync.methods import bytes_per_round
 

@@ -1,4 +1,4 @@
-"""What may differ between two jobs of the same method; the builder is job.py."""
+"""What may differ between two jobs of the same method; the builder is builder.py."""
 
 from __future__ import annotations
 

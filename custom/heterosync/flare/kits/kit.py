@@ -7,7 +7,8 @@ next to it the signatures as FLARE's own `sign_folders` writes them. Two keys ca
 * "alliance": the root key of the alliance, which made the kit. The hospital compares the fingerprint of `rootCA.pem`.
 * "site": the site's own key, for a kit whose private key never left the site (FLARE's distributed provisioning).
 
-`local/` is the hospital's to edit and is not sealed. `python -m heterosync.flare.kit KIT` verifies; start.sh calls it.
+`local/` is the hospital's to edit and is not sealed. `python -m heterosync.flare.kits.kit KIT` verifies; start.sh calls
+it.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def _sha256(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """What start.sh calls; 0 or 1. On success it says nothing but the fingerprint."""
-    parser = argparse.ArgumentParser(prog="python -m heterosync.flare.kit", description="Verify a startup kit.")
+    parser = argparse.ArgumentParser(prog="python -m heterosync.flare.kits.kit", description="Verify a startup kit.")
     parser.add_argument("kit")
     parser.add_argument("--sealed-by", choices=sorted(SIGNATURES))
     arguments = parser.parse_args(argv)

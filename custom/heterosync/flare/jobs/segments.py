@@ -11,8 +11,8 @@ from typing import Any
 from heterosync.errors import UserError
 from heterosync.federation.wire import is_site_name
 from heterosync.files import explained, new_folder, read_json, write_json, write_text
-from heterosync.flare import allowlist
-from heterosync.flare.job_folder import APP, read_learning
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.jobs.folder import APP, read_learning
 from heterosync.training.settings import LoopSettings
 
 CONFIGS = tuple(f"{APP}/config/config_fed_{kind}.json" for kind in ("server", "client"))

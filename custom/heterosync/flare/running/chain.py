@@ -22,10 +22,10 @@ from heterosync.errors import UserError
 from heterosync.federation.results import RUN
 from heterosync.federation.trainings import NOT_STORED, difference, learning_info
 from heterosync.files import explained, make_folder, read_json, write_json
-from heterosync.flare.collect import collect_results
-from heterosync.flare.job_folder import is_swarm, read_learning
-from heterosync.flare.segments import segment_job
-from heterosync.flare.session import JobEnd, ServerFailed, Unreachable
+from heterosync.flare.jobs.folder import is_swarm, read_learning
+from heterosync.flare.jobs.segments import segment_job
+from heterosync.flare.running.collect import collect_results
+from heterosync.flare.running.session import JobEnd, ServerFailed, Unreachable
 
 _T = TypeVar("_T")
 

@@ -24,9 +24,9 @@ from nvflare.tool.cert.fingerprint import cert_fingerprint_sha256
 
 from heterosync.errors import UserError
 from heterosync.files import read_json, write_json
-from heterosync.flare import kit
-from heterosync.flare.kit_readme import put_readme
-from heterosync.flare.policy import put_check, put_policy
+from heterosync.flare.kits import kit
+from heterosync.flare.kits.policy import put_check, put_policy
+from heterosync.flare.kits.readme import put_readme
 
 CERT_STATE = "cert.json"
 

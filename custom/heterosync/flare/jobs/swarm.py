@@ -1,11 +1,12 @@
-"""What a job folder says when the sites fuse among themselves; the builder is job.py."""
+"""What a job folder says when the sites fuse among themselves; the builder is builder.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from heterosync.flare import allowlist, messages
-from heterosync.flare.job_options import JobOptions
+from heterosync.flare import messages
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.jobs.options import JobOptions
 from heterosync.flare.swarm_site import CONTROL_TASKS, PEER_TASKS
 
 ALL = 10**6  # more than any number of sites: FLARE then waits for every one

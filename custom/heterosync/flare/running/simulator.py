@@ -15,12 +15,12 @@ from heterosync.federation.results import RUN
 from heterosync.federation.trainings import NOT_STORED, SEGMENT_DONE, SERVER, TRAININGS
 from heterosync.federation.wire import is_site_name
 from heterosync.files import explained, make_folder, new_folder, read_json, write_json, write_text
-from heterosync.flare.allowlist import prepare_workspace
-from heterosync.flare.collect import collect_results
-from heterosync.flare.job_folder import is_split, is_swarm
-from heterosync.flare.processes import ends_on_signal, package_environment
-from heterosync.flare.segments import training_id_of
-from heterosync.flare.simulator_process import Output, Simulator, log_config, watch
+from heterosync.flare.jobs.allowlist import prepare_workspace
+from heterosync.flare.jobs.folder import is_split, is_swarm
+from heterosync.flare.jobs.segments import training_id_of
+from heterosync.flare.running.collect import collect_results
+from heterosync.flare.running.processes import ends_on_signal, package_environment
+from heterosync.flare.running.simulator_process import Output, Simulator, log_config, watch
 
 #: FLARE's name for the one job of a simulator workspace.
 JOB_ID = "simulate_job"

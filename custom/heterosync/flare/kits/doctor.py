@@ -22,7 +22,7 @@ from heterosync.data.site import CONFIG
 from heterosync.errors import UserError
 from heterosync.files import read_json
 from heterosync.flare.executor import DATA_ROOT
-from heterosync.flare.kit import LOCAL, MANIFEST, ROOT, Kit, common_name, date_problem, issued, verify
+from heterosync.flare.kits.kit import LOCAL, MANIFEST, ROOT, Kit, common_name, date_problem, issued, verify
 from heterosync.flare.site_filter import SiteOutboundFilter, SitePeerGate, SitePolicy
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"

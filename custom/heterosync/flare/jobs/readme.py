@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heterosync.data.site_yaml import VOLUMES
 from heterosync.federation.privacy import epsilon_of
-from heterosync.flare.job_options import JobOptions
+from heterosync.flare.jobs.options import JobOptions
 from heterosync.methods.base import Method
 from heterosync.methods.traffic import amount as in_words
 from heterosync.methods.traffic import bytes_per_image, state_bytes, traffic

@@ -11,7 +11,8 @@ from nvflare.private.fed.client.client_req_processors import ClientRequestProces
 from nvflare.private.fed.client.shell_cmd import ShellCommandProcessor
 
 from heterosync.errors import UserError
-from heterosync.flare import kit, messages
+from heterosync.flare import messages
+from heterosync.flare.kits import kit
 
 
 class KitGuard(FLComponent):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from heterosync.files import write_text
-from heterosync.flare import kit
+from heterosync.flare.kits import kit
 
 README = "readme.txt"
 _TEXT = """\

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from heterosync.files import read_json, write_json
-from heterosync.flare import allowlist, kit
-from heterosync.flare.kit_readme import put_readme
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.kits import kit
+from heterosync.flare.kits.readme import put_readme
 
 SITE_FILTER = "heterosync.flare.site_filter.SiteOutboundFilter"
 SITE_PEER_GATE = "heterosync.flare.site_filter.SitePeerGate"
-KIT_GUARD = "heterosync.flare.kit_guard.KitGuard"
-STORAGE = "heterosync.flare.storage.WorkspaceStorage"
-JOBS = "heterosync.flare.storage.WorkspaceJobs"
+KIT_GUARD = "heterosync.flare.kits.guard.KitGuard"
+STORAGE = "heterosync.flare.kits.storage.WorkspaceStorage"
+JOBS = "heterosync.flare.kits.storage.WorkspaceJobs"
 
 SCOPE = "heterosync"
 #: FLARE reads `local/*__p_resources.json` in the process of a site or server, not in those of its jobs.
@@ -114,8 +115,8 @@ def put_check(folder: Path | str, sealed_by: str) -> None:
         if not script.exists():
             continue
         lines = script.read_text(encoding="utf-8").splitlines(keepends=True)
-        check = f'python3 -m heterosync.flare.kit "$DIR/.." --sealed-by {sealed_by} >&2 || exit 1\n'
-        if not any("heterosync.flare.kit" in line for line in lines):
+        check = f'python3 -m heterosync.flare.kits.kit "$DIR/.." --sealed-by {sealed_by} >&2 || exit 1\n'
+        if not any("heterosync.flare.kits.kit" in line for line in lines):
             place = next(i for i, line in enumerate(lines) if line.startswith("DIR=")) + 1
             script.write_text("".join([*lines[:place], check, *lines[place:]]), encoding="utf-8")
 

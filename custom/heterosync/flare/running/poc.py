@@ -29,14 +29,14 @@ from heterosync.federation.trainings import training_folder
 from heterosync.federation.wire import is_site_name
 from heterosync.federation.worker import TRAINER_LOG
 from heterosync.files import copy_file, make_folder, read_json, write_json, write_text
-from heterosync.flare import policy
-from heterosync.flare.collect import collect_results, status_of
 from heterosync.flare.dp_filter import RELEASES_FILE
 from heterosync.flare.executor import DATA_ROOT, WORK
 from heterosync.flare.filters import AUDIT_FILE, SITE_AUDIT_FILE
-from heterosync.flare.processes import MARK, end_marked, ends_on_signal, package_environment
-from heterosync.flare.project import PROJECT
-from heterosync.flare.session import AdminSession, JobEnd, admin_session
+from heterosync.flare.kits import policy
+from heterosync.flare.kits.project import PROJECT
+from heterosync.flare.running.collect import collect_results, status_of
+from heterosync.flare.running.processes import MARK, end_marked, ends_on_signal, package_environment
+from heterosync.flare.running.session import AdminSession, JobEnd, admin_session
 
 NAME, ADMIN = "heterosync_poc", "admin@poc.local"
 #: The server's name: a loopback name makes FLARE listen on loopback only.

@@ -41,8 +41,8 @@ _BUILDERS: list[dict[str, Any]] = [
         "args": {"config_folder": "config", "scheme": "grpc"},
     },
     {"path": "nvflare.lighter.impl.cert.CertBuilder", "args": {"root_valid_days": ROOT_DAYS}},
-    {"path": "heterosync.flare.provision.SitePolicyBuilder"},
-    {"path": "heterosync.flare.provision.KitSigner"},
+    {"path": "heterosync.flare.kits.provision.SitePolicyBuilder"},
+    {"path": "heterosync.flare.kits.provision.KitSigner"},
 ]
 _HEADER = """\
 # Written by `heterosync alliance init`. Kits are made of it by

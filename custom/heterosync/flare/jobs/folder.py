@@ -1,4 +1,4 @@
-"""What stands in a job folder that the builder (job.py) wrote."""
+"""What stands in a job folder that the builder (builder.py) wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from heterosync.errors import UserError
-from heterosync.flare import allowlist
+from heterosync.flare.jobs import allowlist
 from heterosync.methods import get_method
 
 APP = "app"

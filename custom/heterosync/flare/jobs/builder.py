@@ -11,10 +11,12 @@ from typing import Any
 import heterosync
 from heterosync.errors import UserError
 from heterosync.files import explained, write_json, write_text
-from heterosync.flare import allowlist, messages, swarm_job
-from heterosync.flare.job_folder import APP, replaces_job
-from heterosync.flare.job_options import JobOptions
-from heterosync.flare.job_readme import readme
+from heterosync.flare import messages
+from heterosync.flare.jobs import allowlist
+from heterosync.flare.jobs import swarm as swarm_job
+from heterosync.flare.jobs.folder import APP, replaces_job
+from heterosync.flare.jobs.options import JobOptions
+from heterosync.flare.jobs.readme import readme
 from heterosync.methods import get_method, make_method, method_names
 from heterosync.methods.base import SCALAR_LEAVES, Method
 

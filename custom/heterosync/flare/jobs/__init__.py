@@ -1,0 +1,1 @@
+"""Job folders: what stands in them, who writes them, which classes they may name."""
