@@ -13,7 +13,7 @@ from nvflare.fuel.flare_api import api_spec
 
 from heterosync.errors import UserError
 from heterosync.flare.running import session
-from heterosync.flare.running.session import AdminSession, ServerFailed, Unreachable
+from heterosync.flare.running.session import COMPLETED, AdminSession, ServerFailed, Unreachable
 
 FROM_ELSEWHERE = [ConnectionResetError, TimeoutError, RuntimeError, FLCommunicationError, ConfigError]
 ITS_OWN = [kind for _, kind in inspect.getmembers(api_spec, inspect.isclass) if issubclass(kind, Exception)]
@@ -21,15 +21,16 @@ ITS_OWN = [kind for _, kind in inspect.getmembers(api_spec, inspect.isclass) if 
 
 class FakeSession:
     """FLARE's session to a server that runs one job. `looks`: what the server says at each look at it, the log or what
-    its API raises; at the last one the job is completed."""
+    its API raises; at the last one the job has ended."""
 
-    def __init__(self, *looks: str | Exception):
+    def __init__(self, *looks: str | Exception, end: str = COMPLETED):
         self._looks = list(looks)
+        self._end = end
 
     def get_job_meta(self, job_id: str) -> dict:
         if isinstance(self._looks[0], Exception):
             raise self._looks.pop(0)
-        return {"status": "RUNNING" if len(self._looks) > 1 else "FINISHED:COMPLETED"}
+        return {"status": "RUNNING" if len(self._looks) > 1 else self._end}
 
     def get_job_logs(self, job_id: str, target: str) -> dict:
         return {"logs": {"server": self._looks.pop(0)}}
@@ -50,6 +51,26 @@ def test_lines_are_told_once_also_after_flare_has_begun_a_new_log_file() -> None
     lines: list[str] = []
     assert AdminSession(FakeSession(*looks)).follow("job", lines.append).completed
     assert lines == ["line 1", "line 2", "line 4", "line 5"]
+
+
+ODD = "2026-01-01 00:00:09,000 - StreamThread - ERROR - streaming shutdown\n"
+REFUSED = "2026-01-01 00:00:10,000 - Runner - ERROR - ConfigError: odd.Class not in allow_list\n"
+OURS = "2026-01-01 00:00:11,000 - heterosync - ERROR - PROBLEM: site-b: another label\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "begin", "end"),
+    [
+        ("", "FLARE ended the job with FINISHED:EXECUTION_EXCEPTION; a process of this job ended", "are kept"),
+        (ODD, "FLARE ended the job with FINISHED:EXECUTION_EXCEPTION; a process", "says first: streaming shutdown"),
+        (ODD + REFUSED, "ConfigError: odd.Class", "not in allow_list"),
+        (ODD + REFUSED + OURS, "site-b: another", "label"),
+    ],
+    ids=["no error", "a consequence", "refused by FLARE", "our line"],
+)
+def test_a_failed_job_is_told_by_its_cause_before_its_consequences(log: str, begin: str, end: str) -> None:
+    done = AdminSession(FakeSession(log_lines(1), log_lines(1) + log, end="FINISHED:EXECUTION_EXCEPTION")).follow("job")
+    assert done.cause.startswith(begin) and done.cause.endswith(end)
 
 
 @pytest.mark.parametrize("kind", ITS_OWN + FROM_ELSEWHERE, ids=lambda kind: kind.__name__)

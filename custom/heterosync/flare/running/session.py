@@ -173,7 +173,8 @@ class AdminSession:
             log.read(text, say)
             status = str(meta.get(JobMetaKey.STATUS.value, ""))
             if status.startswith(_FINISHED):
-                return JobEnd(job_id, status, "" if status == COMPLETED else log.cause() or _reason(meta, status))
+                cause = "" if status == COMPLETED else log.cause() or _reason(meta, status, log.errors)
+                return JobEnd(job_id, status, cause)
             if status == _SUBMITTED and (why := _not_scheduled(meta)) != waiting:
                 waiting = why
                 say(f"the job waits: {why}")
@@ -219,7 +220,7 @@ class _JobLog:
     def __init__(self) -> None:
         self._first, self._read = "", 0  # the first line, which has the time in it, tells one file from the next
         self._problems: list[str] = []
-        self._errors: list[str] = []
+        self.errors: list[str] = []
 
     def read(self, text: str, say: Callable[[str], None]) -> None:
         lines = text.splitlines()
@@ -242,13 +243,13 @@ class _JobLog:
         elif ours := _OURS.match(line):
             say(ours.group("text"))
         elif level in ("ERROR", "CRITICAL"):
-            self._errors.append(text)
+            self.errors.append(text)
 
     def cause(self) -> str:
+        """What ended the job, where a line of ours or one of FLARE's that refuses it says so; else ""."""
         if self._problems:
             return "\n".join(dict.fromkeys(self._problems))
-        refused = [error for error in self._errors if _REFUSED.search(error)]
-        return next(iter(refused or self._errors), "")
+        return next((error for error in self.errors if _REFUSED.search(error)), "")
 
 
 def _too_late(job_id: str, timeout: float, waiting: str) -> str:
@@ -262,12 +263,14 @@ def _not_scheduled(meta: dict[str, Any]) -> str:
     return str(history[-1]).partition(": ")[2] or str(history[-1])
 
 
-def _reason(meta: dict[str, Any], status: str) -> str:
-    """What FLARE wrote down about a job that failed without a word of ours: who refused it, or why it never began."""
+def _reason(meta: dict[str, Any], status: str, errors: list[str]) -> str:
+    """What FLARE wrote down about a job that failed without a word of ours: who refused it, or why it never began; and
+    the first error of the server's log, which may be no more than a consequence."""
     details = meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or meta.get(JobMetaKey.SCHEDULE_HISTORY.value) or []
     told = [str(detail) for detail in details if "OK" not in str(detail).split()[-1:]]
     meaning = [_MEANING[status]] if status in _MEANING else []
-    return "; ".join([f"FLARE ended the job with {status}", *meaning, *told[-3:]])
+    logged = [f"the server's log says first: {error}" for error in errors[:1]]
+    return "; ".join([f"FLARE ended the job with {status}", *meaning, *told[-3:], *logged])
 
 
 @contextmanager
