@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Small models gain nothing from many threads per process, and a federation is many processes.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PATH="$(abspath $(BIN)):$$PATH"
 
-# Tests of whole federations wait for their sites half of the time: three at once on two processors.
+# Tests of whole federations wait for their sites half of the time: three at once on two processors, and these first.
 WORKERS ?= 3
 
 # The drill cuts cables and fills disks: in a network and a mount namespace of its own. `make drill ISOLATED=` does
@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/heterosync demo --out build/demo
 
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=40
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40
 
 drill: $(VENV)/.installed-dev
 	$(TEST_ENV) DRILL_RECORD=docs/drill.txt $(ISOLATED) $(abspath $(BIN))/python -m pytest -m "secure or drill" -v --tb=short

@@ -16,6 +16,11 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Federations first: the short tests then fill what time the last of them leaves."""
+    items.sort(key=lambda item: item.get_closest_marker("flare") is None)
+
+
 def pytest_collection_finish() -> None:
     """What importing everything left is not looked at by every later collection of garbage: the server of a federation
     makes one per message, which costs more than a toy round."""

@@ -48,6 +48,7 @@ def test_a_killed_trainer_costs_no_round(everybody, root, data):
 
     done = everybody.run(job_of(root, "trainer", LONG, in_process=False), look=kill_once)
     assert killed == [1]
+    assert "it starts again" in (everybody.run_folder("site-b", done.end.job_id) / "log.txt").read_text()
     assert done.end.status == COMPLETED and contributors(done) == [ALL] * 2
     assert model_digest(done.folder / "last_model.pt") == oracle(root, data, LONG)
 

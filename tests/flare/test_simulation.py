@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,6 @@ class Run:
     result: SimulationResult
     lines: list[str]
     oracle: Path | None = None
-    killed: list[int] = field(default_factory=list)
 
     def record(self, name: str) -> dict:
         return json.loads((self.result.results / name).read_text())
@@ -151,24 +150,6 @@ def test_the_server_keeps_the_whole_record(hsl: Run) -> None:
 
 
 # -- other ways to the same tensors ------------------------------------------------------------------------------------
-
-
-def test_a_killed_trainer_costs_no_round(root: Path, data: dict[str, Path]) -> None:
-    killed: list[int] = []
-
-    def kill_once(line: str) -> None:
-        if not killed and "site site-b: round 1/2, epoch 1/" in line:
-            for process in workers():
-                if "site-b" in process.parent().cmdline():
-                    killed.append(process.pid)
-                    process.kill()
-
-    two = {site: data[site] for site in ("site-a", "site-b")}
-    training = {**SMOKE, "local_epochs": 25, "patience": 25}  # long enough to be killed in the middle of a round
-    run = play(root, "killed", "hsl", list(two), JobOptions(training=training), log=kill_once)
-    assert killed
-    assert_equal_to_oracle(run, oracle(root, "hsl", two, training))
-    assert any("SIGKILL" in line and "it starts again" in line for line in run.lines)
 
 
 def test_what_stays_at_a_site_does_not_travel_and_is_there_for_its_next_process(

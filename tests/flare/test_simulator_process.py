@@ -123,7 +123,7 @@ def test_ctrl_c_and_terminate_leave_nothing(fake: dict, tmp_path: Path, number: 
     program.write_text(
         # A parent in the background hands down an ignored SIGINT; a person's terminal does not.
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from heterosync.flare import simulator_process\n"
+        "from heterosync.flare.running import simulator_process\n"
         f"simulator_process.COMMAND = {simulator_process.COMMAND!r}\n"
         "from heterosync.flare.running.simulator import simulate\n"
         f"simulate({str(fake['job'])!r}, {str(fake['workspace'])!r}, ['site-a'], {str(fake['data'])!r})\n"

@@ -19,7 +19,7 @@ from heterosync.errors import UserError
 from heterosync.federation.initial import state_hash
 from heterosync.federation.modelfile import load_model
 from heterosync.flare.running.processes import package_environment
-from heterosync.methods import GROUPS, METHODS, Method, method_names
+from heterosync.methods import GROUPS, METHODS, Method
 from heterosync.study.layout import read_done, read_predictions
 from heterosync.study.running.engines import InProcess, Task, Trained
 from heterosync.study.running.one import play
@@ -49,17 +49,27 @@ def hashes(trained: Trained) -> dict[str, str]:
 HOOKS = ("shared_names", "returned_names", "combine", "fuse", "for_site", "server_memory")
 
 
+def ways(kind: type[Method]) -> tuple[object, ...]:
+    """How a method uses the wire; those of a kind differ in their loss and their server's rule."""
+    return (
+        kind.personal,
+        kind.weighting == "none",
+        *(getattr(kind, hook) is not getattr(Method, hook) for hook in HOOKS),
+    )
+
+
 def kinds() -> list[str]:
-    """The methods of 2024, and of the others one of each way to use the wire: those of a kind differ in their loss and
-    their server's rule, which test_every_method.py takes through FLARE's parts without its transport. A cut network has
-    a file of its own, test_split.py."""
-    found = {kind.name: kind.name for kind in GROUPS["of 2024"]}
+    """The methods of 2024, and of the others one of each way to use the wire that these have not. The rest goes through
+    FLARE's parts without its transport (test_every_method.py); a cut network (test_split.py) and a swarm
+    (test_swarm.py) have files of their own."""
+    names = [kind.name for kind in GROUPS["of 2024"]]
+    seen = {ways(kind) for kind in GROUPS["of 2024"]}
     for kind in METHODS:
-        if kind.task is CLASSIFICATION and not (kind.pooled or kind.split):
-            changed = (getattr(kind, hook) is not getattr(Method, hook) for hook in HOOKS)
-            ways = (kind.topology, kind.personal, kind.weighting == "none", *changed)
-            found[str(ways)] = kind.name
-    return [name for name in method_names() if name in found.values()]
+        if kind.task is CLASSIFICATION and not (kind.pooled or kind.split or kind.topology == "swarm"):
+            if ways(kind) not in seen:
+                seen.add(ways(kind))
+                names.append(kind.name)
+    return names
 
 
 @pytest.mark.parametrize("name", kinds())
