@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
@@ -34,26 +35,25 @@ NAMES = [m.name for m in METHODS if m.task is CLASSIFICATION and not (m.pooled o
 
 
 class Sites:
-    """Real sites behind the executor and the outbound filter of a job."""
+    """Real sites behind the executor and the outbound filter of a job; both are new for every task, as in a simulation
+    with fewer threads than sites: all that a site must remember lies on its disk."""
 
     def __init__(self, root: Path, folders: dict[str, Path], method: str, settings: dict):
-        learning = (method, settings, SMOKE)
-        self.root = root
-        self.parts = {
-            site: (
-                HeteroSyncExecutor(*learning, in_process=True),
-                OutboundFilter(*learning),
-                fake_context(root / site / "job", site, **{FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(folder)}}),
-            )
+        self.learning = (method, settings, SMOKE)
+        self.contexts = {
+            site: fake_context(root / site / "job", site, **{FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(folder)}})
             for site, folder in folders.items()
         }
 
     def __call__(self, site: str, task: str, round_: int, message: Shareable) -> Shareable:
-        executor, gate, context = self.parts[site]
+        executor, gate = HeteroSyncExecutor(*self.learning, in_process=True), OutboundFilter(*self.learning)
+        context = self.contexts[site]
         context.set_prop(FLContextKey.TASK_NAME, task, private=True, sticky=False)
         message = copy.deepcopy(message)  # nothing is shared between processes
         message.set_header(AppConstants.CURRENT_ROUND, round_)
-        return copy.deepcopy(gate.process(executor.execute(task, message, context, Signal()), context))
+        answer = copy.deepcopy(gate.process(executor.execute(task, message, context, Signal()), context))
+        executor.handle_event(EventType.SWAP_OUT, context)
+        return answer
 
 
 def history(folder: Path) -> list[list[str]]:

@@ -149,29 +149,11 @@ def test_the_server_keeps_the_whole_record(hsl: Run) -> None:
     assert "round 1/2, epoch 1/2" in text and "left" in text and "round 2/2 done" in text
 
 
-# -- other ways to the same tensors ------------------------------------------------------------------------------------
-
-
-def test_what_stays_at_a_site_does_not_travel_and_is_there_for_its_next_process(
-    root: Path, data: dict[str, Path]
-) -> None:
-    """With fewer threads than sites FLARE starts a new process for every task: all that a site must remember lies on
-    its disk. Other payloads, and servers with a rule of their own: test_study_engines.py."""
-    two = {site: data[site] for site in ("site-a", "site-b")}
-    run = play(root, "fedbn", "fedbn", list(two), JobOptions(training=TRAINING, in_process=True), threads=1)
-    assert_equal_to_oracle(run, oracle(root, "fedbn", two))
-    made = make_method("fedbn", None, TrainingSettings.from_dict(TRAINING))
-    declared = set(made.shared_names(made.build_model()))
-    for folder in run.result.sites.values():
-        records = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
-        for record in [record for record in records if record["task"] == "train"]:
-            assert {item["name"] for item in record["items"] if "." in item["name"]} == declared
-
-
 # -- things that go wrong ----------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_anchor_label_stops_the_job_before_round_0(root: Path, data: dict[str, Path]) -> None:
+    """With fewer threads than sites: FLARE starts a new process for every task."""
     for site in data:
         shutil.copytree(data[site], root / "flipped-data" / site, ignore=shutil.ignore_patterns(".heterosync"))
     table = root / "flipped-data" / "site-b" / "anchor" / "anchor.npz"
@@ -185,7 +167,7 @@ def test_a_flipped_anchor_label_stops_the_job_before_round_0(root: Path, data: d
     describe.write_text(json.dumps(fields))
     with pytest.raises(SimulationFailed) as caught:
         options = JobOptions(training=TRAINING, in_process=True)
-        play(root, "flipped", "hsl", list(data), options, data=root / "flipped-data")
+        play(root, "flipped", "hsl", list(data), options, data=root / "flipped-data", threads=2)
     assert "site-b" in str(caught.value) and "anchor" in str(caught.value) and "\n" not in str(caught.value)
     record = json.loads((caught.value.result.results / "run.json").read_text())
     assert record["status"].startswith("failed") and "site-b" in record["status"] and record["rounds"] == []
