@@ -147,6 +147,11 @@ TABLE: list[tuple[str, Breaking, list[str]]] = [
         lambda folder: [put("site.yaml", "task: [a\nlabels: b")(folder), shutil.rmtree(folder / "anchor")],
         ["site.yaml line 2: not valid YAML"],
     ),
+    (
+        "labels stand twice",
+        lambda folder: put("site.yaml", "task: toy\nlabels: [a, b]\nlabels: [b, a]\n")(folder),
+        ["site.yaml line 3: the key 'labels' stands twice: keep one of them"],
+    ),
     ("task is nearly another kind", put("site.yaml", "task: segmentaton\n"), ["did you mean 'segmentation'?"]),
     ("config is a list", put("site.yaml", "- task"), ["site.yaml: holds no keys"]),
     ("config is empty", put("site.yaml", ""), ["site.yaml: holds no keys"]),

@@ -35,20 +35,17 @@ NAMES = [m.name for m in METHODS if m.task is CLASSIFICATION and not (m.pooled o
 
 
 class Sites:
-    """Real sites behind the executor and the outbound filter of a job; both are new for every task, as in a simulation
-    with fewer threads than sites: all that a site must remember lies on its disk."""
+    """Real sites behind the executor and the outbound filter of a job. Both are new for every task, and so is FLARE's
+    context, as in a process of its own: what a site must remember has to lie on its disk."""
 
     def __init__(self, root: Path, folders: dict[str, Path], method: str, settings: dict):
         self.learning = (method, settings, SMOKE)
-        self.contexts = {
-            site: fake_context(root / site / "job", site, **{FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(folder)}})
-            for site, folder in folders.items()
-        }
+        self.root, self.folders = root, folders
 
     def __call__(self, site: str, task: str, round_: int, message: Shareable) -> Shareable:
         executor, gate = HeteroSyncExecutor(*self.learning, in_process=True), OutboundFilter(*self.learning)
-        context = self.contexts[site]
-        context.set_prop(FLContextKey.TASK_NAME, task, private=True, sticky=False)
+        known = {FLContextKey.SCOPE_PROPERTIES: {DATA_ROOT: str(self.folders[site])}, FLContextKey.TASK_NAME: task}
+        context = fake_context(self.root / site / "job", site, **known)
         message = copy.deepcopy(message)  # nothing is shared between processes
         message.set_header(AppConstants.CURRENT_ROUND, round_)
         answer = copy.deepcopy(gate.process(executor.execute(task, message, context, Signal()), context))

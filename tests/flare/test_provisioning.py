@@ -242,7 +242,12 @@ def test_a_hospital_joins_and_nobody_else_needs_a_new_kit(tmp_path: Path, capsys
         "admin@clinic-c.org",
     ]
     assert main([*command, str(tmp_path / "kits")]) == 1
-    assert "'site-c' is already the name of a client of the alliance" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'site-c' is already the name of a client of the alliance" in said
+    assert "'admin@clinic-c.org' is already the name of an admin of the alliance" in said
+    file.write_text(file.read_text() + "name: another\n")
+    assert main([*command, str(tmp_path / "kits")]) == 1
+    assert "the key 'name' stands twice" in capsys.readouterr().err
 
 
 def test_renewal_makes_new_certificates_for_those_named(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.flare, pytest.mark.slow]
 
 TRAINING = {**SMOKE, "local_epochs": 2}
 LIMIT = 400.0
-TRAINER = "heterosync.federation.child"  # the module that a trainer process runs
 
 
 @dataclass
@@ -51,29 +50,20 @@ def data(root: Path) -> dict[str, Path]:
     return toy_alliance(root / "data", 3)
 
 
-def play(root: Path, name: str, method: str, sites: list[str], options: JobOptions, log=None, **more) -> Run:
+def play(root: Path, name: str, method: str, sites: list[str], options: JobOptions, **more) -> Run:
     job = build_job(method, root / name / "job", options)
     lines: list[str] = []
-
-    def keep(line: str) -> None:
-        lines.append(line)
-        if log is not None:
-            log(line)
-
     data = more.pop("data", root / "data")
-    result = simulate(job, root / name / "ws", sites, data, timeout=LIMIT, log=keep, **more)
-    assert not workers(), "processes are left behind"
+    result = simulate(job, root / name / "ws", sites, data, timeout=LIMIT, log=lines.append, **more)
+    left = [p for p in psutil.Process().children(recursive=True) if "nvflare" in " ".join(p.cmdline())]
+    assert not left, "processes are left behind"
     return Run(result, lines)
 
 
-def workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if TRAINER in p.cmdline()]
-
-
-def oracle(root: Path, method: str, sites: dict[str, Path], training: dict = TRAINING) -> Path:
-    out = root / "oracle" / f"{method}-{len(sites)}-{training['local_epochs']}"
+def oracle(root: Path, method: str, sites: dict[str, Path]) -> Path:
+    out = root / "oracle" / f"{method}-{len(sites)}"
     if not out.exists():
-        run_inprocess(method, sites, out, training=training)
+        run_inprocess(method, sites, out, training=TRAINING)
     return out
 
 

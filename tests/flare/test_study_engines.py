@@ -64,7 +64,7 @@ def kinds() -> list[str]:
     (test_swarm.py) have files of their own."""
     names = [kind.name for kind in GROUPS["of 2024"]]
     seen = {ways(kind) for kind in GROUPS["of 2024"]}
-    for kind in METHODS:
+    for kind in reversed(METHODS):
         if kind.task is CLASSIFICATION and not (kind.pooled or kind.split or kind.topology == "swarm"):
             if ways(kind) not in seen:
                 seen.add(ways(kind))

@@ -128,7 +128,7 @@ def test_site_folder_order(tmp_path: Path):
         find_site_folder("site-bb", None, environ)
     with pytest.raises(UserError, match="set HETEROSYNC_DATA"):
         find_site_folder("site-a", None, {})
-    with pytest.raises(UserError, match="configured data folder does not exist"):
+    with pytest.raises(UserError, match="data_root of local/privacy.json does not exist"):
         find_site_folder("site-a", str(tmp_path / "gone"), environ)
     with pytest.raises(UserError, match="give an absolute path"):
         find_site_folder("site-a", "data", environ)

@@ -85,6 +85,10 @@ def test_a_method_is_held_against_itself_under_another_anchor(tmp_path):
     for entry in made.plan["scenarios"]:
         entry["scenario"] = "sites.csv"
     assert over_anchors(made) == []  # one table, one anchor task
+    made.plan.update(scale=0.2, anchor={"kind": "synthetic"})
+    made.plan["scenarios"][1]["anchor"] = {"kind": "synthetic"}
+    assert over_anchors(made) == []  # the plan's own, written once more
+    made.plan["scenarios"][1]["scale"] = 0.2  # likewise
     made.plan["scenarios"][1]["anchor"] = {"control": "noise_pixels"}
     made.plan["scenarios"][2]["anchor"] = {"control": "noise_pixels"}
     made.plan["scenarios"][2]["scale"] = 0.5

@@ -205,9 +205,9 @@ def find_site_folder(site: str, configured: str | None = None, environ: Mapping[
     if configured:
         folder = Path(configured).expanduser()
         if not folder.is_absolute():  # the folder that a job runs in is FLARE's choice
-            raise UserError(f"site {site}: the configured data folder is a relative path: give an absolute path")
+            raise UserError(f"site {site}: data_root of local/privacy.json is a relative path: give an absolute path")
         if not folder.is_dir():
-            raise UserError(f"site {site}: the configured data folder does not exist: create it or correct the setting")
+            raise UserError(f"site {site}: data_root of local/privacy.json does not exist: correct the path")
         return folder.resolve()
     if not environ.get("HETEROSYNC_DATA"):
         raise UserError(f"site {site}: no data folder is known: set HETEROSYNC_DATA, or configure it at the site")

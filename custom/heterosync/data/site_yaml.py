@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from heterosync.data.unique_yaml import TextLoader
 from heterosync.errors import UserError, closest, nearest
 
 CONFIG = "site.yaml"
@@ -114,12 +115,14 @@ CONVERT: dict[str, Convert] = {
 
 def _read_yaml(folder: Path | str) -> dict[Any, Any]:
     try:
-        # BaseLoader keeps every scalar as text: YAML would read the labels [no, yes] as booleans and [0, 1] as numbers
-        given = yaml.load((Path(folder) / CONFIG).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        given = yaml.load((Path(folder) / CONFIG).read_text(encoding="utf-8-sig"), Loader=TextLoader)
     except FileNotFoundError:
         raise UserError(f"{CONFIG}: the file is missing: write it with the keys task and labels") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{CONFIG}: not readable ({type(error).__name__}): save it as UTF-8 text") from error
+    except yaml.constructor.ConstructorError as error:
+        assert error.problem_mark is not None
+        raise UserError(f"{CONFIG} line {error.problem_mark.line + 1}: {error.problem}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

@@ -23,7 +23,8 @@ class Table:
         """What is wrong with a row that has more or fewer values than the header has columns."""
         if len(values) == len(self.header):
             return None
-        return f"{len(values)} values for {len(self.header)} columns: quote values that hold the separator"
+        remedy = "fill in what is missing" if len(values) < len(self.header) else "quote values that hold the separator"
+        return f"{len(values)} values for {len(self.header)} columns: {remedy}"
 
     def records(self) -> Iterator[tuple[int, dict[str, str]]]:
         """(line number, value by column); a ragged row lacks its last columns or loses its last values."""

@@ -12,6 +12,7 @@ import yaml
 from nvflare.apis.utils.format_check import name_check
 
 from heterosync.data.tables import read_csv
+from heterosync.data.unique_yaml import PlainLoader
 from heterosync.errors import ProblemList, UserError, nearest
 from heterosync.federation.wire import is_site_name
 from heterosync.files import write_text
@@ -169,7 +170,7 @@ def write_project(project: dict[str, Any], path: Path) -> Path:
 def read_project(path: Path) -> dict[str, Any]:
     """Content of a project file. Raises `UserError` when it is none."""
     try:
-        project = yaml.safe_load(path.read_text(encoding="utf-8"))
+        project = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: write it with `heterosync alliance init`") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -187,6 +188,10 @@ def with_server(project: dict[str, Any], server: Server) -> dict[str, Any]:
 
 def with_sites(project: dict[str, Any], sites: Path) -> tuple[dict[str, Any], list[str]]:
     """The alliance with the hospitals of a table added, and the names of the new participants."""
-    taken = {str(entry["name"]).lower(): f"a {entry['type']} of the alliance" for entry in project["participants"]}
+    article = {"admin": "an"}
+    taken = {
+        str(entry["name"]).lower(): f"{article.get(entry['type'], 'a')} {entry['type']} of the alliance"
+        for entry in project["participants"]
+    }
     added = read_sites(sites, {**taken, "server": "the server"})
     return {**project, "participants": [*project["participants"], *added]}, [entry["name"] for entry in added]

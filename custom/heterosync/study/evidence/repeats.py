@@ -64,11 +64,12 @@ def over_anchors(study: Study) -> list[OverRepeats]:
     """Every method of a scenario with an anchor task of its own; `reference` is the first scenario of the plan that
     differs from it in nothing else, so that the repeats have the same images, splits and first weights."""
     series, found = by_series(study), []
-    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    first: dict[tuple[Any, ...], tuple[str, Any]] = {}
     for entry in study.plan["scenarios"]:
-        other = first.setdefault((entry["scenario"], entry["scale"], entry["any_domain"]), entry)
-        name, plain = entry["name"], other["name"]
-        if entry["anchor"] == other["anchor"]:
+        name = entry["name"]
+        scale, anchor = (study.plan.get(key) if entry[key] is None else entry[key] for key in ("scale", "anchor"))
+        plain, its_anchor = first.setdefault((entry["scenario"], scale, entry["any_domain"]), (name, anchor))
+        if anchor == its_anchor:
             continue
         for (scenario, level), methods in series.items():
             for label, outcomes in methods.items() if scenario == name else ():

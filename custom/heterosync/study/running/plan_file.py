@@ -10,6 +10,7 @@ import yaml
 
 from heterosync.data.anchor_controls import CONTROLS
 from heterosync.data.scenario_tables import read_table, table_levels
+from heterosync.data.unique_yaml import PlainLoader
 from heterosync.errors import UserError, closest, nearest
 from heterosync.study.running.plan import BOTH, KEEP, SYNTHETIC, AnyPlan, Plan, ScenarioEntry
 from heterosync.study.running.plan_reader import PlanReader, whole_number
@@ -45,7 +46,7 @@ def read_plan(plan: Path | str, engine: str | None = None) -> AnyPlan:
         hint = f"did you mean '{beside[near]}'? presets: {', '.join(preset_names())}" if near else None
         raise UserError(f"'{plan}' is neither a plan file nor a preset; {hint or nearest(str(plan), preset_names())}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path} line {mark.line + 1}" if mark else str(path)
