@@ -60,7 +60,7 @@ def test_the_three_tasks(tmp_path: Path, site: Path) -> None:
 @pytest.mark.parametrize(
     ("props", "task", "settings", "reason", "logged"),
     [
-        ({DATA_ROOT: "/data/patient-4711"}, "check_in", {}, "mend", "data folder"),
+        ({DATA_ROOT: "/data/patient-4711"}, "check_in", {}, "mend", "data_root of local/privacy.json"),
         ({}, "check_in", {"temprature": 3}, "mend", "temperature"),
         ({}, "submit_model", {}, "mend", "submit_model"),
         ({}, "train", {}, "defect", "no data exchange object"),
