@@ -237,7 +237,16 @@ TABLE: list[tuple[str, Breaking, list[str]]] = [
     ("label outside", edit("manifest.csv", "#3,normal", "#3,sick"), ["manifest.csv row 5: label 'sick' is neither"]),
     ("label empty", edit("manifest.csv", "#3,normal", "#3,"), ["row 5: label '' is neither 'normal' nor 'abnormal'"]),
     ("image empty", edit("manifest.csv", "images.npz#3,", ","), ["row 5: no image name: fill it in"]),
-    ("too many values", edit("manifest.csv", "#3,normal", "#3,normal,x"), ["row 5: 3 values for 2 columns"]),
+    (
+        "too many values",
+        edit("manifest.csv", "#3,normal", "#3,normal,x"),
+        ["row 5: 3 values for 2 columns: quote values that hold the separator"],
+    ),
+    (
+        "too few values",
+        edit("manifest.csv", "#3,normal", "#3"),
+        ["row 5: 1 values for 2 columns: fill in what is missing"],
+    ),
     ("duplicate row", add_rows("images.npz#0,normal"), ["row 42: images.npz#0 stands in row 2 already"]),
     ("absolute path", add_rows("/data/x.png,normal"), ["row 42: the image is given by an absolute path"]),
     ("drive path", add_rows("C:\\x.png,normal"), ["row 42: the image is given by an absolute path"]),

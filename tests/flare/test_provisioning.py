@@ -123,6 +123,9 @@ def test_init_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(command) == 1 and "which server?" in capsys.readouterr().err
     assert main([*command, "--port", "8100"]) == 1 and "--port" in capsys.readouterr().err
     assert main([*command, "--loopback", "--server", "x.org"]) == 1 and "contradict" in capsys.readouterr().err
+    file = str(tmp_path / "new.yml")  # --out is the folder
+    assert main([*command[:-1], file, "--loopback"]) == 1 and "name the folder" in capsys.readouterr().err
+    assert not (tmp_path / "new.yml").exists()
     assert main([*command, "--server", "fl.example.org", "--also", "fl,10.0.0.5", "--port", "8100"]) == 0
     assert "2 sites, 5 users" in capsys.readouterr().out
     server = read_project(tmp_path / "project.yml")["participants"][0]
@@ -243,7 +246,7 @@ def test_a_hospital_joins_and_nobody_else_needs_a_new_kit(tmp_path: Path, capsys
     ]
     assert main([*command, str(tmp_path / "kits")]) == 1
     said = capsys.readouterr().err
-    assert "'site-c' is already the name of a client of the alliance" in said
+    assert "'site-c' is already the name of a site of the alliance" in said
     assert "'admin@clinic-c.org' is already the name of an admin of the alliance" in said
     file.write_text(file.read_text() + "name: another\n")
     assert main([*command, str(tmp_path / "kits")]) == 1

@@ -127,9 +127,9 @@ def _init(arguments: argparse.Namespace) -> None:
     server = _server(arguments)
     if server is None:
         raise UserError("which server? give --server HOST, or --loopback for a trial on this machine")
-    project = make_project(arguments.name, server, arguments.admin, arguments.sites, arguments.description)
     if arguments.out.suffix in (".yml", ".yaml"):
         raise UserError(f"--out {arguments.out}: name the folder that {PROJECT} goes into")
+    project = make_project(arguments.name, server, arguments.admin, arguments.sites, arguments.description)
     path = arguments.out / PROJECT
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out, or use `heterosync alliance add`")

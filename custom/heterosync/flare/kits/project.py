@@ -188,9 +188,9 @@ def with_server(project: dict[str, Any], server: Server) -> dict[str, Any]:
 
 def with_sites(project: dict[str, Any], sites: Path) -> tuple[dict[str, Any], list[str]]:
     """The alliance with the hospitals of a table added, and the names of the new participants."""
-    article = {"admin": "an"}
+    kinds = {"admin": "an admin", "client": "a site", "server": "the server"}
     taken = {
-        str(entry["name"]).lower(): f"{article.get(entry['type'], 'a')} {entry['type']} of the alliance"
+        str(entry["name"]).lower(): f"{kinds.get(entry['type'], entry['type'])} of the alliance"
         for entry in project["participants"]
     }
     added = read_sites(sites, {**taken, "server": "the server"})
